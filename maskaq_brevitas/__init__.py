@@ -1,0 +1,1 @@
+"""Data-free quantization of Vision Transformers on Brevitas."""

@@ -1,0 +1,259 @@
+"""Running a QONNX graph with qonnx' executor, on its own and in step with PyTorch (see verify.py for why)."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch import nn
+
+from maskaq_brevitas.errors import ExportError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.export.capture import Call
+from maskaq_brevitas.export.capture import capture_calls
+from maskaq_brevitas.export.capture import is_leaf
+from maskaq_brevitas.export.qonnx import QUANT_OPS
+from maskaq_brevitas.export.scopes import module_scopes
+
+__all__ = ["Failure", "InStep", "execute", "execute_in_step", "load_for_batch"]
+
+Context = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first wrong node, and a sentence about it."""
+
+    node: str
+    message: str
+
+
+@dataclass(frozen=True)
+class InStep:
+    """Result of a run in step: relative difference of the logits, ties that flipped, quantizers that were matched."""
+
+    difference: float
+    flips: int
+    quantizers: int
+    failure: Failure | None
+
+
+def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...], dynamic: int) -> tuple[Any, int]:
+    """Read a QONNX file for execution.
+
+    The executor needs all shapes as numbers, so a symbolic batch is replaced in memory; the file stays as it is.
+
+    Args:
+        shape: (channels, height, width) of the images that will come.
+        dynamic: batch to give a file with a symbolic batch.
+
+    Returns:
+        A qonnx ``ModelWrapper`` and its batch size.
+
+    Raises:
+        ExportError: the file is not there or is no ONNX file.
+        InputError: the file takes images of another shape.
+    """
+    import onnx
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.fold_constants import FoldConstants
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    try:
+        proto = onnx.load(os.fspath(path))
+        dimensions = proto.graph.input[0].type.tensor_type.shape.dim
+        batch = dimensions[0]
+    except Exception as error:
+        raise ExportError(
+            f"Expected a QONNX file at {os.fspath(path)}, got {type(error).__name__}: {error}. "
+            "Write it with export_qonnx."
+        ) from error
+    wanted = tuple(dimension.dim_value for dimension in dimensions[1:])
+    if wanted != shape:
+        raise InputError(f"images: expected (channels, height, width) {wanted} as in {path}, got {shape}.")
+    if not batch.dim_param:
+        return ModelWrapper(proto), batch.dim_value
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = dynamic
+    # Shapes follow from constants (the class token, expanded to the batch) and constants from shapes, hence in turns.
+    graph = ModelWrapper(proto)
+    for step in (InferShapes(), FoldConstants(exclude_op_types=list(QUANT_OPS)), InferShapes()):
+        graph = graph.transform(step)
+    return graph, dynamic
+
+
+def execute(graph: Any, images: Tensor) -> Tensor:
+    """Logits ``(batch, classes)`` of a qonnx ``ModelWrapper`` for one batch ``(batch, channels, height, width)``.
+
+    Raises:
+        ExportError: the executor failed.
+    """
+    context = _context(graph, images)
+    for node in graph.graph.node:
+        _execute_node(graph, node, context)
+    return torch.from_numpy(context[graph.graph.output[0].name])
+
+
+def execute_in_step(graph: Any, model: nn.Module, images: Tensor, tolerance: float) -> InStep:
+    """Execute one batch node by node, set each quantizer's output to PyTorch's, and stop at the first wrong node.
+
+    Args:
+        graph: qonnx ``ModelWrapper`` for this batch size.
+        model: the Brevitas model in eval mode on the CPU.
+        images: ``(batch, channels, height, width)``.
+        tolerance: largest difference, relative to the largest absolute value of the compared tensor.
+    """
+    from brevitas.proxy.quant_proxy import QuantProxyFromInjector
+
+    expected, calls = capture_calls(model, images, lambda module: isinstance(module, QuantProxyFromInjector))
+    modules = dict(model.named_modules())
+    context = _context(graph, images)
+    matched = flips = 0
+    for index, node in enumerate(graph.graph.node):
+        _execute_node(graph, node, context)
+        call = _next_call(node, calls, modules) if node.op_type in QUANT_OPS else None
+        if call is None:
+            continue
+        problem, synchronised, flipped = _compare_quantizer(node, context, call, tolerance)
+        if problem:
+            failure = _blame(graph, model, images, context, index, problem, tolerance)
+            return InStep(float("nan"), flips, matched, failure)
+        matched, flips = matched + 1, flips + flipped
+        context[node.output[0]] = synchronised
+
+    difference = _relative(context[graph.graph.output[0].name], expected.numpy())
+    failure = None
+    if not difference <= tolerance:
+        problem = f"its result differs by {difference:.3g} of the largest logit"
+        if not matched:
+            problem += " (no quantizer of the file could be matched with the model's)"
+        failure = _blame(graph, model, images, context, len(graph.graph.node) - 1, problem, tolerance)
+    return InStep(difference, flips, matched, failure)
+
+
+def _context(graph: Any, images: Tensor) -> Context:
+    """Every tensor of the graph by name: parameters, the images, and buffers for the rest."""
+    context: Context = graph.make_empty_exec_context()
+    context[graph.graph.input[0].name] = images.numpy()
+    return context
+
+
+def _execute_node(graph: Any, node: Any, context: Context) -> None:
+    # What qonnx' execute_onnx does for each node. Its own loop also looks up, per node, annotations that only integer
+    # graphs of FINN have, which is more than half of its time on a ViT, and it cannot be stepped.
+    from qonnx.core.onnx_exec import execute_node
+
+    opsets = graph.get_opset_imports()
+    try:
+        execute_node(node, context, graph.graph, opsets.get(node.domain, opsets[""]))
+    except Exception as error:
+        raise ExportError(
+            f"qonnx could not execute node {node.name} ({node.op_type}): {type(error).__name__}: {str(error)[-600:]}. "
+            "The file is damaged, or holds an operator that qonnx does not know."
+        ) from error
+
+
+def _next_call(node: Any, calls: dict[str, list[Call]], modules: dict[str, nn.Module]) -> Call | None:
+    """PyTorch's call of the quantizer that a node came from; takes it off the list, as a quantizer may be shared."""
+    name = next((scope for scope in reversed(module_scopes(node)) if calls.get(scope)), None)
+    if name is None:
+        return None
+    # A weight quantizer gives the same each time, and its node may have been merged: its call stays.
+    call = calls[name][0] if len(calls[name]) == 1 else calls[name].pop(0)
+    # QuantReLU and the like: the activation function is part of the quantizer in Brevitas, its own node in ONNX.
+    activation = getattr(getattr(modules[name], "fused_activation_quant_proxy", None), "activation_impl", None)
+    if activation is not None and call.input is not None:
+        return Call(activation(call.input), call.output)
+    return call
+
+
+def _compare_quantizer(
+    node: Any, context: Context, call: Call, tolerance: float
+) -> tuple[str | None, NDArray[Any], int]:
+    """Compare a Quant node with PyTorch's quantizer.
+
+    Returns:
+        What is wrong (None if nothing), PyTorch's output in the layout of the node, and the number of rounding flips.
+    """
+    source, result = context[node.input[0]], context[node.output[0]]
+    if call.input is None or sorted(call.input.shape) != sorted(result.shape):
+        return f"its shape {result.shape} is not PyTorch's {tuple(call.output.shape)}", result, 0
+    best: tuple[str | None, NDArray[Any], int] | None = None
+    # qonnx folds the transpose of a Linear's weight into the parameter in front of the Quant node.
+    for turned in (False, True):
+        taken, given = (tensor.numpy() for tensor in (call.input, call.output))
+        if turned:
+            taken, given = taken.T, given.T
+        if given.shape != result.shape:
+            continue
+        outcome = _compare_values(node, context, source, taken, given, tolerance)
+        if outcome[0] is None:
+            return outcome
+        best = best or outcome
+        if given.ndim != 2:
+            break
+    return best or (f"its shape {result.shape} is not PyTorch's {tuple(call.output.shape)}", result, 0)
+
+
+def _compare_values(
+    node: Any, context: Context, source: NDArray[Any], taken: NDArray[Any], given: NDArray[Any], tolerance: float
+) -> tuple[str | None, NDArray[Any], int]:
+    """The comparison itself, all in one layout: ``source`` and the node's output against ``taken`` and ``given``."""
+    difference = _relative(source, taken)
+    if not difference <= tolerance:
+        return f"its input differs by {difference:.3g} of the largest value", given, 0
+    scale, zero_point = (context[name].astype(np.float64) for name in node.input[1:3])
+    steps = np.abs(context[node.output[0]].astype(np.float64) - given) / scale
+    # Distance from the rounding tie, in steps. The tie may be missed by as much as the inputs differ.
+    position = taken.astype(np.float64) / scale + zero_point
+    from_tie = np.abs(position - np.floor(position) - 0.5)
+    on_tie = from_tie <= 1e-3 + 2 * np.abs(source.astype(np.float64) - taken) / scale
+    flipped = on_tie & (np.abs(steps - 1) < 1e-3)
+    wrong = ~((steps < 1e-3) | flipped)
+    if wrong.any():
+        return f"{wrong.mean():.2%} of its values differ, by up to {np.max(steps):.3g} steps", given, 0
+    return None, given, int(flipped.sum())
+
+
+def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Largest absolute difference, divided by the largest absolute expected value; inf for unequal shapes."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), np.finfo(np.float32).tiny))
+
+
+def _blame(
+    graph: Any, model: nn.Module, images: Tensor, context: Context, last: int, problem: str, tolerance: float
+) -> Failure:
+    """The first node, up to the one at ``last``, whose layer gives something else than in PyTorch.
+
+    A layer's result is that of the last node that came from it. This match can miss after graph optimisations, so it
+    only serves to name a node nearer to the cause; whether the file is right was decided by the quantizers.
+    """
+    calls = capture_calls(model, images, is_leaf)[1]
+    ends: dict[str, int] = {}
+    for index, node in enumerate(graph.graph.node):
+        ends |= {scope: index for scope in module_scopes(node) if len(calls.get(scope, ())) == 1}
+    for layer, index in sorted(ends.items(), key=lambda item: item[1]):
+        node = graph.graph.node[index]
+        found, expected = context[node.output[0]], calls[layer][0].output.numpy()
+        # Quantizers up to here are in step, so only a layer that lies fully before the failure has been computed.
+        if index >= last and graph.graph.node[last].op_type in QUANT_OPS:
+            break
+        if node.op_type in QUANT_OPS or found.shape != expected.shape:
+            continue
+        difference = _relative(found, expected)
+        if not difference <= tolerance:
+            problem = f"its result differs by {difference:.3g} of the largest value"
+            return _failure(node, layer, problem)
+    node = graph.graph.node[last]
+    known = set(dict(model.named_modules()))
+    return _failure(node, next((scope for scope in reversed(module_scopes(node)) if scope in known), ""), problem)
+
+
+def _failure(node: Any, module: str, problem: str) -> Failure:
+    where = f"from module '{module}'" if module else "from no known module"
+    return Failure(node.name, f"The first diverging node is {node.name} ({node.op_type}, {where}): {problem}.")

@@ -1,0 +1,173 @@
+"""Does a QONNX file compute what the PyTorch model computes?
+
+Comparing logits alone does not answer this. Two correct runs differ by float rounding (about 1e-7), now and then such a
+difference crosses a rounding tie of a quantizer, and one step of a low-bit quantizer grows over the following layers to
+several percent of the logits. A loose tolerance would accept wrong files, a strict one refuses right ones.
+
+So the file is executed once more *in step* with PyTorch: behind each quantizer the values are
+set to PyTorch's own, so that flips cannot spread. Each stretch of graph between two quantizers then starts from equal
+inputs and has to give equal outputs, and a quantizer may deviate by one step, on ties only. What remains is an error of
+the file, and the first place where it shows is its name.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from maskaq_brevitas.errors import ExportError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.export.capture import capture_calls
+from maskaq_brevitas.export.execute import InStep
+from maskaq_brevitas.export.execute import execute
+from maskaq_brevitas.export.execute import execute_in_step
+from maskaq_brevitas.export.execute import load_for_batch
+from maskaq_brevitas.export.process import quiet
+from maskaq_brevitas.export.process import require
+
+__all__ = ["QonnxCheck", "verify_qonnx"]
+
+#: Images per run of a dynamic file. More at a time is faster; captured activations are the limit.
+_DYNAMIC_BATCH = 4
+#: Most images to execute in step with PyTorch, those with the largest difference first.
+_IN_STEP_IMAGES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class QonnxCheck:
+    """A QONNX file against the PyTorch model.
+
+    Attributes:
+        images: number of images compared.
+        max_abs_difference: largest absolute difference of a logit, file run on its own.
+        relative_difference: the same, divided by the largest absolute logit.
+        top1_agreement: share of images with equal top-1 class, 0-1.
+        in_step_difference: relative difference of the logits with the quantizers in step; None if not passed.
+        rounding_flips: activations that fell on the other side of a rounding tie, while in step.
+        passed: whether the file computes what the model computes, up to float rounding.
+        first_diverging_node: name of the first ONNX node with a wrong result; None if passed.
+        note: one sentence on how the verdict came about.
+    """
+
+    images: int
+    max_abs_difference: float
+    relative_difference: float
+    top1_agreement: float
+    in_step_difference: float | None
+    rounding_flips: int
+    passed: bool
+    first_diverging_node: str | None
+    note: str
+
+
+def verify_qonnx(
+    path: str | os.PathLike[str],
+    quant_model: nn.Module,
+    images: Tensor,
+    *,
+    tolerance: float = 1e-4,
+    raise_on_mismatch: bool = True,
+) -> QonnxCheck:
+    """Execute a QONNX file with qonnx and compare it with the PyTorch model it was exported from.
+
+    The file passes if the logits agree within ``tolerance`` with the quantizers in step with PyTorch (see the module's
+    text), and no quantizer deviates other than by one step on a rounding tie. The figures of the file run on its own,
+    top-1 agreement among them, are reported and are no criterion: flips change them in a correct file.
+
+    The model is copied, and not touched.
+
+    Args:
+        path: a file written by :func:`maskaq_brevitas.export.export_qonnx`.
+        quant_model: takes images, gives logits ``(batch, classes)``.
+        images: ``(images, channels, height, width)``, normalised as for the model. Any number; a file with a fixed
+            batch is filled up with the last image.
+        tolerance: largest difference, relative to the largest absolute value of the compared tensor.
+        raise_on_mismatch: raise where the file does not pass; otherwise the result says so.
+
+    Raises:
+        InputError: the images do not fit the file.
+        MissingExtraError: onnx, onnxruntime or qonnx is not installed.
+        ExportError: the file cannot be read or executed, or does not pass; then the first diverging node is named.
+    """
+    if images.ndim != 4 or not len(images):
+        raise InputError(
+            f"images: expected (images, channels, height, width), at least one, got {tuple(images.shape)}. "
+            "Add the first dimension to a single image."
+        )
+    require("onnx", "onnxruntime", "qonnx")
+    images = images.detach().to("cpu", torch.float32)
+    model = copy.deepcopy(quant_model).cpu().float().eval()
+    with quiet():
+        graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(_DYNAMIC_BATCH, len(images)))
+        expected = _logits(model, images, batch)
+        found = torch.cat([execute(graph, chunk) for chunk in _chunks(images, batch)])[: len(images)]
+        _check_shapes(expected, found)
+        per_image = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
+        # Not "per_image > tolerance": NaN has to count as different.
+        differing = int((~(per_image <= tolerance)).sum())
+        # At least one image in step also where all agree: quantizers behind a wrong weight may have swallowed it.
+        worst = per_image.nan_to_num(torch.inf).argsort(descending=True)[: min(max(differing, 1), _IN_STEP_IMAGES)]
+        steps: list[InStep] = []
+        for chunk in _chunks(images[worst], batch):
+            steps.append(execute_in_step(graph, model, chunk, tolerance))
+            if steps[-1].failure:
+                break
+
+    failure = steps[-1].failure
+    if failure:
+        note = failure.message
+    elif differing:
+        note = (
+            f"{differing} of {len(images)} images differ by more than {tolerance:g} of the largest logit, through "
+            f"rounding ties alone: with {steps[0].quantizers} quantizers in step, the logits agree on "
+            f"those that differ most ({len(worst)})."
+        )
+    else:
+        note = f"Logits agree within {tolerance:g} of the largest logit, and so do {steps[0].quantizers} quantizers."
+    check = QonnxCheck(
+        images=len(images),
+        max_abs_difference=float((found - expected).abs().max()),
+        relative_difference=float(per_image.max()),
+        top1_agreement=float((found.argmax(1) == expected.argmax(1)).double().mean()),
+        in_step_difference=None if failure else max(step.difference for step in steps),
+        rounding_flips=sum(step.flips for step in steps),
+        passed=failure is None,
+        first_diverging_node=failure.node if failure else None,
+        note=note,
+    )
+    if failure and raise_on_mismatch:
+        raise ExportError(
+            f"Expected {os.fspath(path)} to compute what the PyTorch model computes, got logits that differ by "
+            f"{check.max_abs_difference:.3g} (relative {check.relative_difference:.3g}, equal top-1 on "
+            f"{check.top1_agreement:.0%} of {check.images} images). {failure.message} Export the model again; if the "
+            "file is fresh, please report this node and the model's name."
+        )
+    return check
+
+
+def _chunks(images: Tensor, batch: int) -> list[Tensor]:
+    """Batches of exactly ``batch`` images; the last is filled up with its last image."""
+    chunks = list(images.split(batch)) if len(images) else []
+    if chunks and len(chunks[-1]) < batch:
+        last = chunks[-1]
+        chunks[-1] = torch.cat([last, last[-1:].expand(batch - len(last), -1, -1, -1)])
+    return chunks
+
+
+def _logits(model: nn.Module, images: Tensor, batch: int) -> Tensor:
+    # The same batches as the file: float sums depend on them, and each difference is a chance for a flip.
+    outputs = [capture_calls(model, chunk, lambda module: False)[0] for chunk in _chunks(images, batch)]
+    if not all(isinstance(output, Tensor) and output.ndim == 2 for output in outputs):
+        raise InputError("quant_model: expected logits (batch, classes) as its output, got something else.")
+    return torch.cat(outputs)[: len(images)]
+
+
+def _check_shapes(expected: Tensor, found: Tensor) -> None:
+    if expected.shape != found.shape:
+        raise ExportError(
+            f"Expected logits {tuple(expected.shape)} from the file, as from the model, got {tuple(found.shape)}. "
+            "Is this file exported from this model?"
+        )

@@ -1,0 +1,92 @@
+"""Hands out the attention of any model, float or quantized, while a context is open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.families import attention_modules, explicit_form
+
+__all__ = ["AttentionRecord", "TapPoint", "attention_tap"]
+
+TapPoint = Literal["logits", "probabilities", "context"]
+
+# ``probabilities`` are read at the softmax, before any quantizer: rounding them would hide their gradient.
+_PLACES: dict[TapPoint, str] = {"logits": "logits", "probabilities": "softmax", "context": "context"}
+
+
+@dataclass
+class AttentionRecord:
+    """What one forward pass of a tapped model left behind; each new pass overwrites it.
+
+    Attributes:
+        logits, probabilities: one ``(batch, heads, tokens, tokens)`` per layer, input side first.
+        context: one ``(batch, heads, tokens, head_dim)`` per layer: the product of probabilities and values.
+    """
+
+    logits: list[Tensor] = field(default_factory=list)
+    probabilities: list[Tensor] = field(default_factory=list)
+    context: list[Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget the tensors (and with them their graph)."""
+        for point in _PLACES:
+            getattr(self, point).clear()
+
+
+@contextmanager
+def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionRecord]:
+    """A context in which every forward pass of ``model`` records its attention.
+
+    Foreign attention modules are written out for the duration (same parameters, same function up to the last bits of a
+    fused kernel) and put back on exit, also after an error; no hook stays behind.
+
+    Args:
+        model: a float model, or one with quantized twins.
+        points: what to record; nothing else is kept alive.
+
+    Raises:
+        ModelError: if the model has no known attention.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2)
+        >>> with attention_tap(model, "logits") as record, torch.no_grad():
+        ...     _ = model(torch.zeros(1, 3, 32, 32))
+        >>> len(record.logits), record.logits[0].shape
+        (2, torch.Size([1, 3, 5, 5]))
+    """
+    record = AttentionRecord()
+    originals: list[tuple[nn.Module, str, nn.Module]] = []
+    handles = []
+    try:
+        places = []
+        for name, module in attention_modules(model).items():
+            explicit = explicit_form(module)
+            if explicit is not module:
+                parent = model.get_submodule(name.rpartition(".")[0])
+                originals.append((parent, name.rpartition(".")[2], module))
+                setattr(parent, name.rpartition(".")[2], explicit)
+            places.append(explicit)
+        handles.append(model.register_forward_pre_hook(lambda *_: record.clear()))
+        for point in points:
+            for explicit in places:
+                handles.append(_record_output(explicit, _PLACES[point], getattr(record, point)))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parent, child, module in originals:
+            setattr(parent, child, module)
+
+
+def _record_output(explicit: ExplicitAttention, place: str, target: list[Tensor]):
+    def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        target.append(output)
+
+    return explicit.get_submodule(place).register_forward_hook(keep)

@@ -1,0 +1,118 @@
+"""The registry of attention families: which foreign attention modules are known, and how each is written out.
+
+Adding a family is one entry here: the foreign type, and a function that gives its explicit form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention as TimmAttention
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention
+
+__all__ = [
+    "ChannelPlace",
+    "EXPLICIT_FORMS",
+    "attention_modules",
+    "channel_places",
+    "explicit_form",
+    "is_attention",
+    "unknown_attention_modules",
+]
+
+#: Foreign attention type -> function that writes one such module out. Types match exactly: a subclass may compute
+#: something else, and its explicit form would silently differ.
+EXPLICIT_FORMS: dict[type[nn.Module], Callable[[nn.Module], ExplicitAttention]] = {
+    TimmAttention: ExplicitAttention,
+}
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is a known attention module, foreign or already written out."""
+    return type(module) in EXPLICIT_FORMS or isinstance(module, ExplicitAttention)
+
+
+def explicit_form(module: nn.Module) -> ExplicitAttention:
+    """The explicit form of a known attention module; it shares the parameters. One written out stays as it is.
+
+    Raises:
+        ModelError: if the type is not registered.
+    """
+    if isinstance(module, ExplicitAttention):
+        return module
+    build = EXPLICIT_FORMS.get(type(module))
+    if build is None:
+        known = ", ".join(sorted(kind.__name__ for kind in EXPLICIT_FORMS))
+        raise ModelError(f"No explicit form for attention type {type(module).__name__}; registered: {known}.")
+    return build(module)
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All known attention modules of a model by name, in the order of registration (input side first).
+
+    Raises:
+        ModelError: if there is none: the model is a CNN, or a transformer of an unknown family.
+    """
+    found = {name: module for name, module in model.named_modules() if is_attention(module)}
+    if not found:
+        unknown = {type(module).__name__ for _, module in unknown_attention_modules(model)}
+        what = f"its attention ({', '.join(sorted(unknown))}) is of a family" if unknown else "it has no attention"
+        raise ModelError(
+            f"{type(model).__name__} cannot be quantized: {what} that is not registered. "
+            "Expected a Vision Transformer with timm's Attention blocks (ViT, DeiT, DINOv2, augreg ...)."
+            if unknown
+            else f"{type(model).__name__} cannot be quantized: {what}. Expected a Vision Transformer."
+        )
+    return found
+
+
+def unknown_attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that look like attention (by type name, with parameters) but are in no registered family."""
+    for name, module in model.named_modules():
+        title = type(module).__name__.lower()
+        looks_like_it = "attention" in title or "attn" in title
+        if looks_like_it and not is_attention(module) and any(True for _ in module.parameters()):
+            yield name, module
+
+
+@dataclass(frozen=True)
+class ChannelPlace:
+    """A place where the channels of an activation may be shifted and scaled, because linear layers undo it behind.
+
+    Attributes:
+        norm: name of the LayerNorm whose affine part takes the change; ``None`` if nothing in front can.
+        slot: name of the idle module (an ``nn.Identity``) that takes it then.
+        consumers: names of all linear layers that read the activation.
+    """
+
+    norm: str | None
+    slot: str | None
+    consumers: tuple[str, ...]
+
+
+def channel_places(model: nn.Module) -> list[ChannelPlace]:
+    """Where a timm ViT lets activation ranges be equalised: both LayerNorms of a block, and the MLP's hidden units."""
+    places = []
+    for name, block in model.named_modules():
+        if type(block) is not Block:
+            continue
+        gate = (f"{name}.attn.gate",) if getattr(block.attn, "gate", None) is not None else ()
+        if is_attention(block.attn) and _has_affine(block.norm1):
+            places.append(ChannelPlace(f"{name}.norm1", None, (f"{name}.attn.qkv", *gate)))
+        if type(block.mlp) is not Mlp or not isinstance(block.mlp.fc1, nn.Linear):
+            continue
+        if _has_affine(block.norm2):
+            places.append(ChannelPlace(f"{name}.norm2", None, (f"{name}.mlp.fc1",)))
+        if type(getattr(block.mlp, "norm", None)) in (nn.Identity, ChannelAffine):
+            places.append(ChannelPlace(None, f"{name}.mlp.norm", (f"{name}.mlp.fc2",)))
+    return places
+
+
+def _has_affine(norm: nn.Module) -> bool:
+    return getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is not None

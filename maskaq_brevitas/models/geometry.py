@@ -1,0 +1,91 @@
+"""What a Vision Transformer expects at its input and how its tokens lie on the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.models.families import attention_modules
+
+__all__ = ["Geometry", "read_geometry"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Input and token layout of a model.
+
+    Attributes:
+        input_size: ``(channels, height, width)`` in pixels.
+        grid: ``(rows, columns)`` of patch tokens.
+        prefix_tokens: tokens before the patch tokens (class, distillation, registers).
+        class_token: whether the first token is a class token.
+        num_classes: outputs of the classifier; 0 if there is none.
+        mean, std: normalisation per channel, in units of pixel values in [0, 1].
+    """
+
+    input_size: tuple[int, int, int]
+    grid: tuple[int, int]
+    prefix_tokens: int
+    class_token: bool
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def patches(self) -> int:
+        """Number of patch tokens."""
+        return self.grid[0] * self.grid[1]
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1], ``(..., channels, height, width)``, to what the model takes."""
+        return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`."""
+        return images * self._column(self.std, images) + self._column(self.mean, images)
+
+    def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised values of black and white, each ``(channels, 1, 1)``."""
+        zeros = like.new_zeros(self.input_size[0], 1, 1)
+        return self.normalize(zeros), self.normalize(zeros + 1)
+
+    @staticmethod
+    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return like.new_tensor(values).view(-1, 1, 1)
+
+
+def read_geometry(model: nn.Module) -> Geometry:
+    """The geometry of a timm ViT or DeiT, read from the model; nothing is assumed.
+
+    Raises:
+        ModelError: if the model has no attention, or no patch embedding to read the grid from.
+    """
+    attention_modules(model)
+    embedding = getattr(model, "patch_embed", None)
+    grid = getattr(embedding, "grid_size", None)
+    if grid is None:
+        raise ModelError(
+            f"{type(model).__name__} has attention, but no patch_embed.grid_size to read the patch grid from. "
+            "Expected a timm VisionTransformer with a fixed input size (img_size)."
+        )
+    data = resolve_model_data_config(model)
+    channels = embedding.proj.in_channels
+    image_size = getattr(embedding, "img_size", None) or data["input_size"][1:]
+    return Geometry(
+        input_size=(channels, int(image_size[0]), int(image_size[1])),
+        grid=(int(grid[0]), int(grid[1])),
+        prefix_tokens=int(getattr(model, "num_prefix_tokens", 1)),
+        class_token=getattr(model, "cls_token", None) is not None,
+        num_classes=int(getattr(model, "num_classes", 0) or 0),
+        mean=_per_channel(data["mean"], channels),
+        std=_per_channel(data["std"], channels),
+    )
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One value per channel: a model with another number of channels than its configuration gets their mean."""
+    values = tuple(float(value) for value in values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels

@@ -1,0 +1,65 @@
+"""Samples of what flows into layers and operands of a quant model while its quantizers are switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from brevitas.graph.calibrate import quantization_status_manager
+from torch import Tensor, nn
+
+from maskaq_brevitas.errors import InputError
+
+__all__ = ["collect_rows"]
+
+
+@torch.no_grad()
+def collect_rows(
+    quant_model: nn.Module, names: Iterable[str], batches: Iterable[Tensor], rows: int
+) -> dict[str, Tensor]:
+    """Float inputs of the named modules, as rows along the last axis, drawn evenly over the batches.
+
+    The draw is fixed: every module and every run sees the same tokens.
+
+    Args:
+        quant_model: a model with Brevitas quantizers, which are off for the duration.
+        names: of modules, taking one tensor ``(..., channels)`` each.
+        batches: normalised images, ``(batch, channels, height, width)`` each.
+        rows: number of rows kept per module, at most.
+
+    Returns:
+        ``(rows, channels)`` in float32 per name; a module that was not called is missing.
+
+    Raises:
+        InputError: if there is no batch.
+    """
+    batches = list(batches)
+    if not batches:
+        raise InputError("Expected at least one batch of images, got none.")
+    kept: dict[str, list[Tensor]] = {}
+    per_batch = max(1, rows // len(batches))
+
+    def keep(name: str):
+        def hook(_module: nn.Module, inputs: tuple) -> None:
+            flat = inputs[0].reshape(-1, inputs[0].shape[-1])
+            pick = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:per_batch]
+            kept.setdefault(name, []).append(flat[pick.to(flat.device)].float())
+
+        return hook
+
+    handles = [quant_model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    off = quantization_status_manager(
+        quant_model, disable_act_quant=True, disable_weight_quant=True, is_training=False
+    )
+    training = {module: module.training for module in quant_model.modules()}
+    try:
+        quant_model.eval()
+        with off:
+            for images in batches:
+                quant_model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return {name: torch.cat(samples) for name, samples in kept.items()}

@@ -1,0 +1,58 @@
+"""Bit widths and ranges -> Brevitas quantizer classes.
+
+Quantizer classes are falsy (``bool(Int8ActPerTensorFloat) is False``): compare them with ``is None``, never with ``or``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from brevitas.quant import Int8ActPerTensorFloat
+from brevitas.quant import Int8WeightPerChannelFloat
+from brevitas.quant import ShiftedUint8ActPerTensorFloat
+from brevitas.quant import Uint8ActPerTensorFloat
+from brevitas.quant.scaled_int import Int8ActPerTensorFloatMSE
+from brevitas.quant.scaled_int import Int8WeightPerChannelFloatMSE
+from brevitas.quant.scaled_int import Uint8ActPerTensorFloatMSE
+from brevitas.quant.shifted_scaled_int import ShiftedUint8ActPerTensorFloatMSE
+
+from maskaq_brevitas.config import Scheme
+
+__all__ = ["ValueKind", "activation_quantizer", "weight_quantizer"]
+
+#: What is known of the values at a place: any sign; from zero up; a long positive tail over a short negative one.
+ValueKind = Literal["signed", "unsigned", "asymmetric"]
+
+_ACTIVATIONS: dict[tuple[ValueKind, bool], Any] = {
+    ("signed", False): Int8ActPerTensorFloat,
+    ("signed", True): Int8ActPerTensorFloatMSE,
+    ("unsigned", False): Uint8ActPerTensorFloat,
+    ("unsigned", True): Uint8ActPerTensorFloatMSE,
+    ("asymmetric", False): ShiftedUint8ActPerTensorFloat,
+    ("asymmetric", True): ShiftedUint8ActPerTensorFloatMSE,
+}
+
+
+def weight_quantizer(bits: int, scheme: Scheme) -> Any:
+    """Brevitas quantizer class for a weight: per output channel, symmetric, integer, learnable float scale.
+
+    ``parameter_from_stats`` makes the scale a parameter. With Brevitas' default (a statistic of the weight, recomputed
+    on each forward) GPTQ has no effect, because it quantizes column by column. At 2 bits the full range {-2 .. 1} is
+    used: the narrow one would leave three levels.
+    """
+    base = Int8WeightPerChannelFloatMSE if scheme.weight_range == "mse" else Int8WeightPerChannelFloat
+    return base.let(bit_width=bits, narrow_range=bits > 2, scaling_impl_type="parameter_from_stats")
+
+
+def activation_quantizer(kind: ValueKind, bits: int, scheme: Scheme) -> Any:
+    """Brevitas quantizer class for an activation: per tensor, integer, float scale set by calibration, then learnable.
+
+    Args:
+        kind: what is known of the values.
+        bits: width.
+        scheme: gives the range rule (``activation_range``).
+    """
+    base = _ACTIVATIONS[kind, scheme.activation_range == "mse"]
+    if scheme.activation_range not in ("minmax", "search"):
+        return base.let(bit_width=bits)
+    return base.let(bit_width=bits, scaling_stats_op="min_max" if kind == "asymmetric" else "max")

@@ -1,0 +1,128 @@
+"""A quant model frozen for speed: weights quantized once, activations fake-quantized in one pass.
+
+While images are synthesised the quant model does not change, but Brevitas recomputes weights and scales on every
+forward. The snapshot gives the same outputs bit for bit, and the straight-through gradient to the image.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from brevitas.nn import QuantIdentity
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.models.families import attention_modules, explicit_form
+
+__all__ = ["FakeQuantize", "float_snapshot", "frozen_snapshot"]
+
+
+class FakeQuantize(nn.Module):
+    """Uniform quantization with fixed scale and zero point; straight-through gradient inside the range, zero outside.
+
+    Computes what Brevitas' ``IntQuant`` computes, operation for operation:
+    ``(clamp(round(x / scale + zero_point)) - zero_point) * scale``.
+    """
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, low: float, high: float):
+        super().__init__()
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("zero_point", zero_point.detach().clone())
+        self.low = low
+        self.high = high
+        self.shifted = bool((zero_point != 0).any())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FakeQuantizeFunction.apply(x, self.scale, self.zero_point if self.shifted else None, self.low, self.high)
+
+
+class _FakeQuantizeFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
+        # Scales stay float32 whatever dtype the networks run in.
+        level = x.float() / scale
+        if zero_point is not None:
+            level.add_(zero_point)
+        level.round_()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((level >= low) & (level <= high))
+        level.clamp_(low, high)
+        if zero_point is not None:
+            level.sub_(zero_point)
+        return level.mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None, None
+
+
+class _FrozenLayer(nn.Module):
+    """A quantized Linear or Conv2d with its weight already quantized."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.input_quant = _fake_quantize(layer.input_quant)
+        self.register_buffer("weight", layer.quant_weight().value.detach().clone())
+        self.bias = layer.bias
+        self.is_linear = isinstance(layer, nn.Linear)
+        if not self.is_linear:
+            self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input_quant(x)
+        if self.is_linear:
+            return F.linear(x, self.weight, self.bias)
+        return F.conv2d(x, self.weight, self.bias, *self.geometry)
+
+
+def frozen_snapshot(quant_model: nn.Module) -> nn.Module:
+    """A copy of a calibrated quant model with fixed weights and scales, in evaluation mode, without gradients.
+
+    Raises:
+        ModelError: if a quantizer cannot be frozen (not integer, per group, or dynamic).
+    """
+    snapshot = copy.deepcopy(quant_model).eval().requires_grad_(False)
+    with torch.no_grad():
+        for name, module in list(snapshot.named_modules()):
+            if isinstance(module, QuantWeightBiasInputOutputLayer):
+                if module.output_quant.is_quant_enabled or module.bias_quant.is_quant_enabled:
+                    raise ModelError(
+                        f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only."
+                    )
+                frozen: nn.Module = _FrozenLayer(module)
+            elif isinstance(module, QuantIdentity):
+                frozen = _fake_quantize(module.act_quant)
+            else:
+                continue
+            parent, _, child = name.rpartition(".")
+            setattr(snapshot.get_submodule(parent), child, frozen)
+    return snapshot
+
+
+def float_snapshot(float_model: nn.Module) -> nn.Module:
+    """A frozen copy of a float model whose attention is written out, in evaluation mode, without gradients."""
+    snapshot = copy.deepcopy(float_model).eval().requires_grad_(False)
+    for name, module in attention_modules(snapshot).items():
+        parent, _, child = name.rpartition(".")
+        setattr(snapshot.get_submodule(parent), child, explicit_form(module))
+    return snapshot
+
+
+def _fake_quantize(proxy: ActQuantProxyFromInjectorBase) -> nn.Module:
+    """The fixed form of a Brevitas activation quantizer; identity if it is switched off."""
+    if not proxy.is_quant_enabled:
+        return nn.Identity()
+    scale, zero_point, bit_width = proxy.scale(), proxy.zero_point(), proxy.bit_width()
+    if scale is None or scale.numel() != 1:
+        raise ModelError(f"Cannot freeze {type(proxy).__name__}: expected one static scale per tensor.")
+    levels = 2 ** int(bit_width)
+    if proxy.is_signed:
+        low, high = -levels // 2 + int(bool(proxy.is_narrow_range)), levels // 2 - 1
+    else:
+        low, high = 0, levels - 1 - int(bool(proxy.is_narrow_range))
+    return FakeQuantize(scale, zero_point, low, high)

@@ -1,0 +1,217 @@
+"""Float model -> quant model, by swapping modules. Nothing is skipped in silence."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from brevitas.nn import QuantConv2d
+from brevitas.nn import QuantLinear
+from timm.layers import Mlp
+from torch import nn
+
+from maskaq_brevitas.config import LayerBits, Scheme, parse_bits, resolve_scheme
+from maskaq_brevitas.errors import ConfigurationError, SkippedLayerWarning
+from maskaq_brevitas.models.attention import ChannelAffine
+from maskaq_brevitas.models.families import attention_modules, channel_places, unknown_attention_modules
+from maskaq_brevitas.quant.attention import OPERANDS, quantize_operands
+from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weight_quantizer
+
+__all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers"]
+
+
+@dataclass(frozen=True)
+class QuantizedPlace:
+    """One quantized layer or matmul operand: its name, kind, and widths in bits (``weight_bits`` None: no weight)."""
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    activation_bits: int
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A layer that computes with weights and stays in float, and why."""
+
+    name: str
+    type_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SwapRecord:
+    """What a swap did: every quantized place in the model's order, and every layer left in float."""
+
+    places: tuple[QuantizedPlace, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+
+def plan_bits(
+    model: nn.Module, scheme: Scheme, overrides: Mapping[str, str] | None = None
+) -> dict[str, LayerBits]:
+    """Widths of every place that can be quantized: layers by module name, operands as ``<attention>.<operand>``.
+
+    Args:
+        model: float model.
+        scheme: nominal widths.
+        overrides: shell pattern -> ``wXaY``; later patterns win. A pattern is compared with the names of layers
+            (``blocks.0.mlp.fc2``), of attention modules (``blocks.0.attn``: all four operands) and of operands
+            (``blocks.0.attn.probabilities``).
+
+    Raises:
+        ConfigurationError: if a pattern matches nothing, or a width is malformed.
+        ModelError: if the model has no known attention.
+    """
+    head = _classifier_names(model)
+    bits: dict[str, LayerBits] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and name.startswith("patch_embed"):
+                bits[name] = scheme.patch_embed
+            else:
+                bits[name] = scheme.head if name in head else scheme.bits
+    attentions = attention_modules(model)
+    for name in attentions:
+        for operand in OPERANDS:
+            width = scheme.resolved_probability_bits if operand == "probabilities" else scheme.bits.activation
+            bits[f"{name}.{operand}"] = LayerBits(scheme.bits.weight, width)
+
+    for pattern, text in (overrides or {}).items():
+        chosen = parse_bits(text)
+        matched = [
+            place
+            for place in bits
+            if fnmatchcase(place, pattern)
+            or (place.rpartition(".")[0] in attentions and place.rpartition(".")[2] in OPERANDS
+                and fnmatchcase(place.rpartition(".")[0], pattern))
+        ]  # fmt: skip
+        if not matched:
+            examples = ", ".join(list(bits)[:4])
+            raise ConfigurationError(
+                f"The layer pattern {pattern!r} matches nothing in {type(model).__name__}. "
+                f"Names look like: {examples} ... {next(reversed(bits))}."
+            )
+        bits.update(dict.fromkeys(matched, chosen))
+    return bits
+
+
+def swap_layers(
+    model: nn.Module, scheme: str | Scheme = "w4a8", overrides: Mapping[str, str] | None = None
+) -> tuple[nn.Module, SwapRecord]:
+    """A quantized copy of ``model``: Linear and Conv2d layers, and both attention matmuls, on Brevitas quantizers.
+
+    LayerNorm, softmax, activation functions and residual additions stay in float by design (METHOD.md, section 3).
+    The model given is not changed, and its weights are not shared. Scales of activations are not set yet: calibrate.
+
+    Args:
+        model: float model of a registered family.
+        scheme: a name or a :class:`~maskaq_brevitas.config.Scheme`.
+        overrides: shell pattern -> ``wXaY``, see :func:`plan_bits`.
+
+    Returns:
+        The quant model in evaluation mode, and the record of what was swapped.
+
+    Raises:
+        ConfigurationError: unknown scheme, or a pattern that matches nothing.
+        ModelError: if the model has no known attention.
+
+    Warns:
+        SkippedLayerWarning: names layers with weights that stay in float.
+    """
+    scheme = resolve_scheme(scheme)
+    plan = plan_bits(model, scheme, overrides)
+    skipped = tuple(_skipped_layers(model))
+    quant_model = copy.deepcopy(model)
+    asymmetric = _behind_activation_function(quant_model) if scheme.gelu == "asymmetric" else set()
+    if scheme.equalize:
+        # Equalised channels are centred: a signed quantizer without zero point fits them.
+        asymmetric -= {name for place in channel_places(quant_model) for name in place.consumers}
+        _fill_slots(quant_model)
+    places: list[QuantizedPlace] = []
+    for name, module in attention_modules(quant_model).items():
+        widths = {operand: plan[f"{name}.{operand}"].activation for operand in OPERANDS}
+        _replace(quant_model, name, quantize_operands(module, widths, scheme))
+    for name, bits in plan.items():
+        if name.rpartition(".")[2] in OPERANDS and name.rpartition(".")[0] in dict(attention_modules(quant_model)):
+            places.append(QuantizedPlace(name, "operand", None, bits.activation))
+            continue
+        layer = quant_model.get_submodule(name)
+        kind: ValueKind = "asymmetric" if name in asymmetric else "signed"
+        _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme))
+        title = "linear" if isinstance(layer, nn.Linear) else "convolution"
+        places.append(QuantizedPlace(name, title, bits.weight, bits.activation))
+    order = {name: index for index, (name, _) in enumerate(quant_model.named_modules())}
+    places.sort(key=lambda place: order[place.name])
+    if skipped:
+        names = "; ".join(f"{layer.name} ({layer.type_name}: {layer.reason})" for layer in skipped)
+        warnings.warn(f"Left in float: {names}.", SkippedLayerWarning, stacklevel=2)
+    return quant_model.eval(), SwapRecord(tuple(places), skipped)
+
+
+def _quantized_layer(layer: nn.Module, bits: LayerBits, kind: ValueKind, scheme: Scheme) -> nn.Module:
+    """The Brevitas twin of a Linear or Conv2d; it takes over the parameters of ``layer``."""
+    quantizers = dict(
+        weight_quant=weight_quantizer(bits.weight, scheme),
+        input_quant=activation_quantizer(kind, bits.activation, scheme),
+        bias_quant=None,
+        return_quant_tensor=False,
+        bias=layer.bias is not None,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )
+    if isinstance(layer, nn.Linear):
+        twin: nn.Module = QuantLinear(layer.in_features, layer.out_features, **quantizers)
+    else:
+        twin = QuantConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
+            dilation=layer.dilation, groups=layer.groups, padding_mode=layer.padding_mode, **quantizers,
+        )  # fmt: skip
+    twin.weight = layer.weight
+    if layer.bias is not None:
+        twin.bias = layer.bias
+    return twin.train(layer.training)
+
+
+def _behind_activation_function(model: nn.Module) -> set[str]:
+    """Names of linear layers whose input comes from an activation function such as GELU."""
+    return {f"{name}.fc2" for name, module in model.named_modules() if type(module) is Mlp}
+
+
+def _fill_slots(model: nn.Module) -> None:
+    """Make room for equalisation: an identity :class:`ChannelAffine` in every slot, a bias in every consumer."""
+    for place in channel_places(model):
+        for name in place.consumers:
+            layer = model.get_submodule(name)
+            if layer.bias is None:
+                layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
+        if place.slot is not None:
+            weight = model.get_submodule(place.consumers[0]).weight
+            _replace(model, place.slot, ChannelAffine(weight.shape[1], device=weight.device, dtype=weight.dtype))
+
+
+def _classifier_names(model: nn.Module) -> set[str]:
+    """Names of the final classifier layers (two for a distilled DeiT)."""
+    get_classifier = getattr(model, "get_classifier", None)
+    found = get_classifier() if get_classifier is not None else None
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    return {name for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
+def _skipped_layers(model: nn.Module):
+    """Layers that compute with a weight matrix, or attention matmuls, for which no twin is registered."""
+    for name, module in unknown_attention_modules(model):
+        yield SkippedLayer(name, type(module).__name__, "attention of an unregistered family, its matmuls stay float")
+    for name, module in model.named_modules():
+        has_matrix = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        is_layer = has_matrix and not any(True for _ in module.children())
+        if is_layer and type(module) not in (nn.Linear, nn.Conv2d):
+            yield SkippedLayer(name, type(module).__name__, "no quantized twin for this type")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

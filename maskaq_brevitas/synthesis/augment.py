@@ -1,0 +1,57 @@
+"""Starting images and the augmentations that an image has to survive while it is synthesised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["colour_jitter", "gaussian_images", "low_frequency_images", "roll_jitter"]
+
+
+def gaussian_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    """White noise, ``(batch, channels, height, width)``, in units of the normalised image (METHOD.md, x ~ N(0, 1))."""
+    return torch.randn(shape, generator=generator)
+
+
+def low_frequency_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    """Noise with a 1/f amplitude spectrum, as natural images have; zero mean and unit variance per image.
+
+    The channels share most of their signal (natural images are mostly grey): three quarters of the variance is common.
+
+    Args:
+        shape: ``(batch, channels, height, width)``.
+        generator: random source on the CPU.
+    """
+    batch, channels, height, width = shape
+    rows = torch.fft.fftfreq(height).view(-1, 1)
+    columns = torch.fft.rfftfreq(width).view(1, -1)
+    frequency = (rows.square() + columns.square()).sqrt()
+    amplitude = 1 / frequency.clamp_min(1 / max(height, width))
+    amplitude[0, 0] = 0
+    common = torch.randn(batch, 1, height, width, generator=generator)
+    own = torch.randn(shape, generator=generator)
+    white = 0.75**0.5 * common + 0.25**0.5 * own
+    images = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=(height, width))
+    return images / images.std(dim=(1, 2, 3), keepdim=True)
+
+
+def roll_jitter(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
+    """All images rolled by one random offset of up to ``reach`` pixels in each direction, wrapping around."""
+    if reach == 0:
+        return images
+    down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
+    return torch.roll(images, shifts=(down, right), dims=(-2, -1))
+
+
+def colour_jitter(images: Tensor, shift: float, scale: float, generator: torch.Generator) -> Tensor:
+    """Each channel of each image scaled by exp(scale * N(0, 1)) and shifted by ``shift`` * U(-1, 1).
+
+    Args:
+        images: ``(batch, channels, height, width)``.
+        shift, scale: strengths, in units of the normalised image.
+        generator: random source on the CPU.
+    """
+    shape = (*images.shape[:2], 1, 1)
+    shifts = (torch.rand(shape, generator=generator) * 2 - 1) * shift
+    scales = torch.exp(torch.randn(shape, generator=generator) * scale)
+    return images * scales.to(images) + shifts.to(images)

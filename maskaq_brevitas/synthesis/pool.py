@@ -1,0 +1,103 @@
+"""The pool of synthetic images: a map-style dataset in memory, replaced in place, saved as safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maskaq_brevitas.errors import InputError, RunDirectoryError
+from maskaq_brevitas.models.geometry import Geometry
+
+__all__ = ["SyntheticImages", "balanced_labels"]
+
+
+def balanced_labels(count: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """``count`` labels in random order, each class as often as any other (give or take one).
+
+    A model without classes (``num_classes`` 0) gets zeros.
+    """
+    if num_classes == 0:
+        return torch.zeros(count, dtype=torch.long)
+    rounds = [torch.randperm(num_classes, generator=generator) for _ in range(-(-count // num_classes))]
+    return torch.cat(rounds)[:count]
+
+
+class SyntheticImages(Dataset):
+    """Images as uint8 pixels, with labels and informative regions; yields ``(normalised float image, label)``.
+
+    Attributes:
+        pixels: ``(images, channels, height, width)``, uint8.
+        labels: ``(images,)``, int64: the class that each image was synthesised for.
+        informative: ``(images, patches)``, bool.
+        version: how often the pool was replaced; 0 means that no image has been made.
+    """
+
+    def __init__(self, count: int, geometry: Geometry):
+        if count < 1:
+            raise InputError(f"A pool needs at least one image, got num_images={count}.")
+        self.geometry = geometry
+        self.pixels = torch.zeros(count, *geometry.input_size, dtype=torch.uint8)
+        self.labels = torch.zeros(count, dtype=torch.long)
+        self.informative = torch.zeros(count, geometry.patches, dtype=torch.bool)
+        self.version = 0
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images(self.pixels[index]), int(self.labels[index])
+
+    def images(self, pixels: Tensor | None = None) -> Tensor:
+        """Normalised float images of ``pixels`` (default: of the whole pool)."""
+        pixels = self.pixels if pixels is None else pixels
+        return self.geometry.normalize(pixels.float() / 255)
+
+    def put(self, start: int, images: Tensor, labels: Tensor, informative: Tensor) -> None:
+        """Replace the images from ``start`` on, in place.
+
+        Args:
+            images: normalised, ``(batch, channels, height, width)``.
+            labels: ``(batch,)``.
+            informative: ``(batch, patches)``.
+        """
+        stop = start + len(images)
+        pixels = self.geometry.denormalize(images).mul(255).round().clamp(0, 255)
+        self.pixels[start:stop] = pixels.to(torch.uint8)
+        self.labels[start:stop] = labels
+        self.informative[start:stop] = informative
+
+    def save(self, path: str | Path) -> None:
+        """Write the pool as safetensors; the file appears under its name only when whole."""
+        path = Path(path)
+        aside = path.with_name(path.name + ".partial")
+        tensors = {"pixels": self.pixels, "labels": self.labels, "informative": self.informative}
+        save_file(tensors, aside, metadata={"version": str(self.version), "format": "maskaq_brevitas.pool.1"})
+        os.replace(aside, path)
+
+    def load(self, path: str | Path) -> None:
+        """Take the images of a saved pool, in place.
+
+        Raises:
+            RunDirectoryError: if the file is missing, damaged, or of another number or size of images.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in ("pixels", "labels", "informative")}
+                version = int((file.metadata() or {})["version"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise RunDirectoryError(f"{path} is not a readable pool of synthetic images: {error}.") from error
+        for name, tensor in found.items():
+            present = getattr(self, name)
+            if tensor.shape != present.shape or tensor.dtype != present.dtype:
+                raise RunDirectoryError(
+                    f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(present.shape)} "
+                    f"{present.dtype}: it was saved for another model or number of images."
+                )
+            present.copy_(tensor)
+        self.version = version

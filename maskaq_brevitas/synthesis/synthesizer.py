@@ -1,0 +1,281 @@
+"""The optimisation loop: two frozen networks and labels in, images out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+
+from maskaq_brevitas.config import AttentionKind, SynthesisConfig
+from maskaq_brevitas.errors import InputError, SynthesisError
+from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
+from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.synthesis import augment, masks, objectives
+
+__all__ = ["SynthesizedBatch", "masked_alignment", "synthesize"]
+
+
+@dataclass
+class SynthesizedBatch:
+    """One finished batch.
+
+    Attributes:
+        images: normalised, ``(batch, channels, height, width)``, float32, inside the valid pixel range.
+        informative: the informative patches of each image at ``mask_end``, boolean ``(batch, patches)``.
+        trace: mean objective and mean of each term at the first and last iteration.
+        redrawn: how many images were drawn again because their objective was not finite.
+    """
+
+    images: Tensor
+    informative: Tensor
+    trace: dict[str, tuple[float, float]] = field(default_factory=dict)
+    redrawn: int = 0
+
+
+def synthesize(
+    float_snapshot: nn.Module,
+    quant_snapshot: nn.Module | None,
+    geometry: Geometry,
+    labels: Tensor,
+    config: SynthesisConfig,
+    *,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> SynthesizedBatch:
+    """Images that the float model sees as ``labels``, with decoupled informative regions, coupled to the quant model.
+
+    Minimises ``L_S`` of METHOD.md, section 2, over the image alone. Both networks must be frozen snapshots
+    (:mod:`maskaq_brevitas.quant.snapshot`) on one device. An image whose objective or gradient is not finite is drawn
+    again and counted.
+
+    Args:
+        float_snapshot: P, with explicit attention.
+        quant_snapshot: Q; ``None`` leaves the alignment term out.
+        geometry: of the model.
+        labels: ``(batch,)``, or anything of that length for a model without classes.
+        config: weights, schedules, augmentation.
+        generator: random source on the CPU; all randomness of the run.
+        start: normalised images to continue from; noise if None.
+        steps: overrides ``config.steps`` (a refresh takes fewer).
+        learning_rate: overrides ``config.learning_rate``.
+        on_step: called with the step number (from 1) and the mean objective.
+
+    Raises:
+        InputError: if ``start`` has the wrong shape.
+        SynthesisError: if an image stays non-finite after ``config.max_redraws`` draws.
+    """
+    steps = config.steps if steps is None else steps
+    peak_rate = config.learning_rate if learning_rate is None else learning_rate
+    device = next(iter([*float_snapshot.parameters(), *float_snapshot.buffers()])).device
+    labels = labels.to(device)
+    low, high = (bound.to(device) for bound in geometry.bounds(torch.zeros((), device=device)))
+    shape = (len(labels), *geometry.input_size)
+    if start is not None and tuple(start.shape) != shape:
+        raise InputError(f"start: expected images of shape {shape}, got {tuple(start.shape)}.")
+    first = draw_start(config.init, shape, generator) if start is None else start.clone()
+    images = torch.minimum(torch.maximum(first.to(device), low), high).requires_grad_(True)
+    optimizer = torch.optim.AdamW([images], lr=peak_rate, weight_decay=0.0)
+    draws = torch.zeros(len(labels), dtype=torch.long)
+    batch = SynthesizedBatch(images=images, informative=torch.empty(0))
+    final_rate = min(config.final_learning_rate, peak_rate)
+
+    points = _tap_points(config)
+    with attention_tap(float_snapshot, *points) as seen_by_float, _tap(quant_snapshot, points) as seen_by_quant:
+        for step in range(steps):
+            progress = step / max(1, steps - 1)
+            optimizer.param_groups[0]["lr"] = final_rate + (peak_rate - final_rate) * (1 + cos(pi * progress)) / 2
+            terms = _terms(
+                images, labels, float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, geometry, config,
+                progress, generator,
+            )  # fmt: skip
+            objective = sum(weight * term for weight, term in terms.values())
+            (gradient,) = torch.autograd.grad(objective.sum(), images)
+            broken = ~(torch.isfinite(objective) & torch.isfinite(gradient.flatten(1)).all(dim=1))
+            if broken.any():
+                _redraw(images, gradient, broken.cpu(), draws, optimizer, config, generator, (low, high))
+                batch.redrawn += int(broken.sum())
+            images.grad = gradient
+            optimizer.step()
+            with torch.no_grad():
+                images.copy_(torch.minimum(torch.maximum(images, low), high))
+            if step in (0, steps - 1) or on_step is not None:
+                mean = float(objective.detach()[~broken].mean()) if not broken.all() else float("nan")
+                if step in (0, steps - 1):
+                    _note(batch.trace, mean, {name: term for name, (_, term) in terms.items()})
+                if on_step is not None:
+                    on_step(step + 1, mean)
+        seen_by_float.clear()
+        with torch.no_grad(), _autocast(config, device):
+            float_snapshot(images)
+        received = masks.received_attention(
+            _attention(seen_by_float, config.mask_attention, geometry, float_snapshot), geometry.prefix_tokens,
+            geometry.class_token,
+        )  # fmt: skip
+    batch.informative = masks.informative_mask(received.mean(dim=0), config.mask_end).cpu()
+    batch.images = images.detach().cpu()
+    if not torch.isfinite(batch.images).all():
+        raise SynthesisError("The synthesised images are not finite; try a lower learning rate.")
+    return batch
+
+
+@torch.no_grad()
+def masked_alignment(
+    float_snapshot: nn.Module,
+    quant_snapshot: nn.Module,
+    geometry: Geometry,
+    images: Tensor,
+    config: SynthesisConfig,
+) -> Tensor:
+    """Masked attention distance of two networks on finished images, per image: lower is closer (METHOD.md, L_align).
+
+    No patch is dropped, and the mask is the final one (``config.mask_end``), so the figure is comparable between runs.
+
+    Args:
+        images: normalised, ``(batch, channels, height, width)``.
+
+    Returns:
+        ``(batch,)``, in units of the attention named by ``config.align_attention``.
+    """
+    points = _tap_points(config)
+    with attention_tap(float_snapshot, *points) as ours, attention_tap(quant_snapshot, *points) as theirs:
+        float_snapshot(images)
+        quant_snapshot(images)
+        mask, float_rows = _mask(ours, geometry, config, float_snapshot, config.mask_end)
+        quant_rows = masks.received_attention(
+            _attention(theirs, config.align_attention, geometry, quant_snapshot), geometry.prefix_tokens,
+            geometry.class_token,
+        )  # fmt: skip
+        return objectives.masked_alignment_loss(float_rows, quant_rows, mask)
+
+
+def draw_start(init: str, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    """Starting images of the kind ``init`` (see :class:`~maskaq_brevitas.config.SynthesisConfig`)."""
+    draw = augment.low_frequency_images if init == "low_frequency" else augment.gaussian_images
+    return draw(shape, generator)
+
+
+def _terms(
+    images: Tensor,
+    labels: Tensor,
+    float_snapshot: nn.Module,
+    quant_snapshot: nn.Module | None,
+    seen_by_float: AttentionRecord,
+    seen_by_quant: AttentionRecord | None,
+    geometry: Geometry,
+    config: SynthesisConfig,
+    progress: float,
+    generator: torch.Generator,
+) -> dict[str, tuple[float, Tensor]]:
+    """Weight and value ``(batch,)`` of every term that is switched on, from one forward pass of each network."""
+    reach = config.jitter if progress < 0.5 else config.late_jitter
+    x = augment.roll_jitter(images, reach, generator)
+    x = augment.colour_jitter(x, config.colour_shift * (1 - progress), config.colour_scale, generator)
+    if config.flip and torch.rand((), generator=generator) < 0.5:
+        x = x.flip(-1)
+    prefix = geometry.prefix_tokens
+    terms: dict[str, tuple[float, Tensor]] = {}
+    with _autocast(config, images.device):
+        logits = float_snapshot(x)
+        if quant_snapshot is not None and config.align_weight > 0:
+            quant_snapshot(x)
+    if config.class_weight > 0 and geometry.num_classes > 0:
+        terms["class"] = config.class_weight, objectives.class_loss(logits.float(), labels)
+    if config.tv_weight > 0:
+        norm = objectives.total_variation if config.tv_norm == "l2" else objectives.total_variation_l1
+        terms["tv"] = config.tv_weight, norm(images)
+    if config.head_weight > 0:
+        attention = _attention(seen_by_float, config.head_attention, geometry, float_snapshot)
+        terms["head"] = config.head_weight, objectives.head_coherence_loss(attention, prefix)
+    if config.entropy_weight > 0:
+        rows = None
+        if config.entropy_rows is not None and config.entropy_rows < geometry.patches:
+            rows = torch.randperm(geometry.patches, generator=generator)[: config.entropy_rows].to(images.device)
+        attention = _attention(seen_by_float, config.entropy_attention, geometry, float_snapshot)
+        terms["entropy"] = config.entropy_weight, objectives.entropy_loss(attention, prefix, rows)
+    if quant_snapshot is not None and config.align_weight > 0:
+        share = masks.mask_share(progress, config.mask_start, config.mask_end)
+        mask, float_rows = _mask(seen_by_float, geometry, config, float_snapshot, share)
+        mask = masks.drop_at_random(mask, config.mask_drop, generator)
+        attention = _attention(seen_by_quant, config.align_attention, geometry, quant_snapshot)
+        quant_rows = masks.received_attention(attention, prefix, geometry.class_token)
+        terms["align"] = config.align_weight, objectives.masked_alignment_loss(float_rows, quant_rows, mask)
+    return terms
+
+
+def _mask(
+    record: AttentionRecord, geometry: Geometry, config: SynthesisConfig, model: nn.Module, share: float
+) -> tuple[Tensor, Tensor]:
+    """The informative patches by the float model, and the rows that alignment compares, ``(layers, batch, patches)``."""
+    place = geometry.prefix_tokens, geometry.class_token
+    rows = masks.received_attention(_attention(record, config.align_attention, geometry, model), *place)
+    if not config.mask_enabled:
+        return torch.ones_like(rows[0], dtype=torch.bool), rows
+    received = rows.detach()
+    if config.mask_attention != config.align_attention:
+        received = masks.received_attention(_attention(record, config.mask_attention, geometry, model), *place).detach()
+    return masks.informative_mask(received if config.mask_per_layer else received.mean(dim=0), share), rows
+
+
+def _attention(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> list[Tensor]:
+    """The recorded attention of the kind a term asks for."""
+    if kind == "probabilities":
+        return record.probabilities
+    if kind == "logits":
+        return record.logits
+    scales = [module.scale for module in model.modules() if hasattr(module, "logits") and hasattr(module, "scale")]
+    return [logits / scale for logits, scale in zip(record.logits, scales, strict=True)]
+
+
+def _tap_points(config: SynthesisConfig) -> tuple:
+    kinds = (config.head_attention, config.entropy_attention, config.align_attention, config.mask_attention)
+    points = ["probabilities"] if "probabilities" in kinds else []
+    return (*points, "logits") if any(kind != "probabilities" for kind in kinds) else tuple(points)
+
+
+def _tap(model: nn.Module | None, points: tuple):
+    return nullcontext(None) if model is None else attention_tap(model, *points)
+
+
+def _autocast(config: SynthesisConfig, device: torch.device):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def _redraw(
+    images: Tensor,
+    gradient: Tensor,
+    broken: Tensor,
+    draws: Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: SynthesisConfig,
+    generator: torch.Generator,
+    bounds: tuple[Tensor, Tensor],
+) -> None:
+    """Start the ``broken`` images again from noise, with a clean optimiser state and no gradient in this step."""
+    draws += broken.long()
+    if int(draws.max()) > config.max_redraws:
+        raise SynthesisError(
+            f"The objective of {int((draws > config.max_redraws).sum())} image(s) is not finite after "
+            f"{config.max_redraws} new draws. The float or the quantized model gives NaN or infinity: check its weights, "
+            "or raise max_redraws."
+        )
+    fresh = draw_start(config.init, (int(broken.sum()), *images.shape[1:]), generator).to(images.device)
+    where = broken.to(images.device)
+    with torch.no_grad():
+        images[where] = torch.minimum(torch.maximum(fresh, bounds[0]), bounds[1])
+        gradient[where] = 0
+        for value in optimizer.state[images].values():
+            if isinstance(value, Tensor) and value.shape == images.shape:
+                value[where] = 0
+
+
+def _note(trace: dict[str, tuple[float, float]], objective: float, terms: dict[str, Tensor]) -> None:
+    """Keep first and last mean of the objective and of each term."""
+    for name, value in {"objective": objective, **{key: float(term.detach().mean()) for key, term in terms.items()}}.items():
+        trace[name] = (trace[name][0] if name in trace else value, value)

@@ -1,0 +1,87 @@
+"""Sets the scales of activation quantizers on images, through Brevitas' own calibration mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
+from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
+from brevitas.graph.calibrate import calibration_mode
+from brevitas.nn import QuantIdentity
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from torch import Tensor, nn
+
+from maskaq_brevitas.errors import InputError, ModelError
+
+__all__ = ["calibrate", "is_calibrated", "reset_calibration"]
+
+
+def is_calibrated(quant_model: nn.Module) -> bool:
+    """Whether every activation quantizer of the model has scales from data."""
+    impls = [module for module in quant_model.modules() if isinstance(module, ParameterFromRuntimeStatsScaling)]
+    return all(impl.counter > 0 for impl in impls)
+
+
+def reset_calibration(quant_model: nn.Module) -> None:
+    """Forget the scales and zero points of activations. Brevitas ignores a second calibration without this."""
+    for module in quant_model.modules():
+        if isinstance(module, (ParameterFromRuntimeStatsScaling, ParameterFromRuntimeZeroPoint)):
+            start = 0.0 if isinstance(module, ParameterFromRuntimeZeroPoint) else 1.0
+            module.counter = 0
+            module.buffer.fill_(start)
+            module.value.data.fill_(start)
+
+
+@torch.no_grad()
+def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set every activation scale and zero point from ``batches``; what was there before is forgotten.
+
+    The statistics are taken per batch and averaged, with float weights and activations (Brevitas'
+    ``calibration_mode``). Then one quantized forward sets the weight scales.
+
+    Args:
+        quant_model: a model with Brevitas quantizers; its training flags are restored.
+        batches: normalised images, ``(batch, channels, height, width)`` each; all of one size, or the last smaller.
+
+    Raises:
+        InputError: if there is no batch.
+        ModelError: if a quantizer was never reached by the data: its layer is bypassed, and its scale would be wrong.
+    """
+    reset_calibration(quant_model)
+    training = {module: module.training for module in quant_model.modules()}
+    first: Tensor | None = None
+    try:
+        quant_model.eval()
+        with calibration_mode(quant_model):
+            for images in batches:
+                first = images if first is None else first
+                quant_model(images)
+            if first is None:
+                raise InputError("Calibration needs at least one batch of images, got none.")
+            missed = _unreached(quant_model)
+        if missed:
+            raise ModelError(
+                f"No data reached the quantizers of {', '.join(missed)}: the model bypasses these layers (it reads "
+                "their weights directly), so they cannot be quantized by swapping modules."
+            )
+        quant_model(first[:1])
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _unreached(quant_model: nn.Module) -> list[str]:
+    """Names of layers whose activation quantizer has seen no batch. Only meaningful before calibration mode exits."""
+    missed = []
+    for name, module in quant_model.named_modules():
+        if isinstance(module, QuantWeightBiasInputOutputLayer):
+            proxy = module.input_quant
+        elif isinstance(module, QuantIdentity):
+            proxy = module.act_quant
+        else:
+            continue
+        impls = [part for part in proxy.modules() if isinstance(part, ParameterFromRuntimeStatsScaling)]
+        if any(impl.counter == 0 for impl in impls):
+            missed.append(name)
+    return missed

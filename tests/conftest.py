@@ -1,0 +1,40 @@
+"""Shared fixtures: small models, and two CPU threads."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from maskaq_brevitas.models.zoo import load_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    """Runs the suite on two CPU threads and puts the caller's number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def digits_vit() -> nn.Module:
+    """The shipped model with its trained weights, in eval mode; a fresh one for each test."""
+    return load_model("digits_vit")
+
+
+@pytest.fixture
+def tiny_vit() -> nn.Module:
+    """A timm VisionTransformer with random weights from a fixed seed, in eval mode.
+
+    32 x 32 input, 4 x 4 patches of 8 pixels, one class token, 2 blocks, 2 heads, width 64, 10 classes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10)
+    model.pretrained_cfg = model.default_cfg = {
+        "architecture": "tiny_vit", "num_classes": 10, "input_size": (3, 32, 32), "interpolation": "bicubic",
+        "crop_pct": 1.0, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "classifier": "head",
+        "first_conv": "patch_embed.proj",
+    }
+    return model.eval()
