@@ -58,19 +58,19 @@ class SyntheticImages(Dataset):
         pixels = self.pixels if pixels is None else pixels
         return self.geometry.normalize(pixels.float() / 255)
 
-    def put(self, start: int, images: Tensor, labels: Tensor, informative: Tensor) -> None:
-        """Replace the images from ``start`` on, in place.
+    def put(self, indices: Tensor, images: Tensor, labels: Tensor, informative: Tensor) -> None:
+        """Replace the images at ``indices``, in place.
 
         Args:
+            indices: ``(batch,)``.
             images: normalised, ``(batch, channels, height, width)``.
             labels: ``(batch,)``.
             informative: ``(batch, patches)``.
         """
-        stop = start + len(images)
         pixels = self.geometry.denormalize(images).mul(255).round().clamp(0, 255)
-        self.pixels[start:stop] = pixels.to(torch.uint8)
-        self.labels[start:stop] = labels
-        self.informative[start:stop] = informative
+        self.pixels[indices] = pixels.to(torch.uint8)
+        self.labels[indices] = labels
+        self.informative[indices] = informative
 
     def save(self, path: str | Path) -> None:
         """Write the pool as safetensors; the file appears under its name only when whole."""
