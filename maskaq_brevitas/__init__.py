@@ -4,9 +4,33 @@
 >>> calibrator = DataFreeCalibrator(load_model("digits_vit"), scheme="w4a4")
 """
 
-from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.config import Scheme, SynthesisConfig, resolve_scheme
-from maskaq_brevitas.models.zoo import load_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DataFreeCalibrator", "Scheme", "SynthesisConfig", "load_model", "resolve_scheme"]
+if TYPE_CHECKING:
+    from maskaq_brevitas.calibrator import DataFreeCalibrator
+    from maskaq_brevitas.config import DistillConfig, Scheme, SynthesisConfig, resolve_scheme
+    from maskaq_brevitas.models.zoo import load_model
+
+__all__ = ["DataFreeCalibrator", "DistillConfig", "Scheme", "SynthesisConfig", "load_model", "resolve_scheme"]
 __version__ = "0.1.0"
+
+# Imported at first use: Brevitas and timm take seconds, and ``maskaq --help`` needs neither.
+_HOMES = {
+    "DataFreeCalibrator": "calibrator",
+    "DistillConfig": "config",
+    "Scheme": "config",
+    "SynthesisConfig": "config",
+    "load_model": "models.zoo",
+    "resolve_scheme": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

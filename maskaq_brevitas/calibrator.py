@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from maskaq_brevitas.config import Scheme, SynthesisConfig, resolve_scheme, to_mapping
-from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError
+from maskaq_brevitas.config import DistillConfig, Scheme, SynthesisConfig, resolve_scheme, to_mapping
+from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
@@ -26,7 +29,9 @@ from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
 from maskaq_brevitas.synthesis.pool import SyntheticImages, balanced_labels
 from maskaq_brevitas.synthesis.synthesizer import masked_alignment, synthesize
-from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated
+from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, reset_calibration
+from maskaq_brevitas.tuning.checkpoint import TuningProgress, load_progress, save_progress
+from maskaq_brevitas.tuning.distill import Distiller, Losses, OptimizerFactory
 from maskaq_brevitas.tuning.ranges import search_ranges
 
 __all__ = ["DataFreeCalibrator"]
@@ -50,6 +55,7 @@ class DataFreeCalibrator(DataLoader):
         held_back: images that only measure and select, never calibrate; ``None`` means an eighth of
             ``num_images``, at least 8.
         synthesis: everything else about how images are made.
+        tuning: how :meth:`quantize` tunes the quant model; ``None`` only calibrates it.
         seed: of all randomness. Same seed, machine and thread count: the same bytes.
         device: where the networks run; ``None`` means where ``float_model`` is.
         run_dir: folder in which finished batches and results are kept, so that an interrupted run can continue.
@@ -83,6 +89,7 @@ class DataFreeCalibrator(DataLoader):
         steps: int | None = None,
         held_back: int | None = None,
         synthesis: SynthesisConfig | None = None,
+        tuning: DistillConfig | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
         run_dir: str | Path | None = None,
@@ -103,11 +110,13 @@ class DataFreeCalibrator(DataLoader):
         self.synthesis = synthesis or SynthesisConfig()
         if steps is not None:
             self.synthesis = replace(self.synthesis, steps=steps)
+        self.tuning = tuning
         self.seed = seed
         self.device = torch.device(device) if device is not None else next(float_model.parameters()).device
         self.progress = progress
         self.swap_record: SwapRecord | None = None
         self._owns_quant_model = quant_model is None
+        self._given_quant_model = None if quant_model is None else fingerprint(quant_model)
         if quant_model is None:
             quant_model, self.swap_record = swap_layers(float_model, self.scheme, self.overrides)
         self._quant_model = quant_model.to(self.device)
@@ -115,6 +124,8 @@ class DataFreeCalibrator(DataLoader):
         self.range_factors: dict[str, float] = {}
         self.stages: list[dict[str, Any]] = []
         self.refreshes: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch: int | None = None
         self.redrawn = 0
         self.traces: list[dict[str, tuple[float, float]]] = []
         count = max(8, num_images // 8) if held_back is None else held_back
@@ -157,6 +168,7 @@ class DataFreeCalibrator(DataLoader):
             return self.pool
         if self.run is not None and self.run.has("images.safetensors"):
             self._load_pools()
+            self._drop_batches(self.pool.version)
             return self.pool
         with self._stage("synthesis"):
             quant_snapshot = self._coupled_snapshot()
@@ -174,9 +186,56 @@ class DataFreeCalibrator(DataLoader):
             self._calibrate_on(list(self._images_of(self.pool)))
         return self._quant_model
 
-    def quantize(self) -> nn.Module:
-        """Synthesise and calibrate; return the quant model, ready for export."""
-        return self.calibrate()
+    def quantize(
+        self, tuning: DistillConfig | None = None, *, optimizer: OptimizerFactory | None = None
+    ) -> nn.Module:
+        """Synthesise, calibrate and, with a tuning, distil; return the quant model, ready for export.
+
+        With a run directory every epoch is kept, and an interrupted run goes on where it was. The state that is kept in
+        the end is the one with the lowest loss on the held-back images, the calibrated one included (without held-back
+        images: the last). :attr:`history` tells the losses and refreshes.
+
+        Args:
+            tuning: ``None`` means that of the constructor; if that is ``None`` too, nothing is tuned.
+            optimizer: builds another optimiser than ``tuning.optimizer`` from parameter groups (``torch.optim.RMSprop``).
+
+        Raises:
+            ConfigurationError: if the constructor was given another tuning.
+            RunDirectoryError: if the run directory holds a run with another tuning.
+            TuningError: if the loss stays non-finite for a whole epoch.
+        """
+        if tuning is not None and self.tuning not in (None, tuning):
+            raise ConfigurationError(
+                "quantize() got another tuning than the constructor. Give it to one of them, or make a new calibrator."
+            )
+        tuning = self.tuning if tuning is None else tuning
+        if tuning is None:
+            return self.calibrate()
+        if self.run is not None:
+            self.run.claim("tuning.json", to_mapping(tuning))
+        self.ensure_images()
+        found = load_progress(self.run) if self.run is not None else None
+        if found is None:
+            self.calibrate()
+        else:
+            load_quant_state(self._quant_model, found[1])
+        with self._stage("tuning, its refreshes included"):
+            steps = math.ceil(len(self.pool) / tuning.batch_size)
+            distiller = Distiller(
+                self._quant_model, self._float_snapshot(), tuning, prefix=self.geometry.prefix_tokens,
+                total_steps=tuning.epochs * steps, optimizer=optimizer,
+            )  # fmt: skip
+            if found is None:
+                progress = self._start_tuning(distiller)
+            else:
+                progress = found[0]
+                distiller.load_state(*found[2:])
+                self.history = progress.history
+                self.refreshes = [entry for entry in self.history if entry["event"] == "refresh"]
+            self._tune(distiller, tuning, progress, steps)
+        if self.run is not None:
+            self.save()
+        return self._quant_model
 
     def refresh(
         self, *, share: float = 1.0, steps: int | None = None, start: Literal["images", "noise"] = "images"
@@ -186,7 +245,8 @@ class DataFreeCalibrator(DataLoader):
         Args:
             share: of the pool to replace, in (0, 1]; the images replaced longest ago come first.
             steps: iterations; ``None`` means a quarter of ``synthesis.steps`` from images, all of them from noise.
-            start: ``"images"`` continues from the present images, ``"noise"`` begins anew with new labels.
+            start: ``"images"`` continues from the present images, at a quarter of the learning rate; ``"noise"``
+                begins anew. The labels of the images replaced stay the same set, in a new order for ``"noise"``.
 
         Returns:
             What changed: pool version, images replaced, and the masked alignment distance to the quant model
@@ -202,20 +262,16 @@ class DataFreeCalibrator(DataLoader):
             self.calibrate()
         if steps is None:
             steps = self.synthesis.steps if start == "noise" else max(1, self.synthesis.steps // 4)
+        count = max(1, round(share * len(self.pool)))
         version = self.pool.version + 1
         with self._stage(f"refresh {version}"):
             snapshot = frozen_snapshot(self._quant_model)
-            before = self._alignment(snapshot)
-            count = max(1, round(share * len(self.pool)))
+            entry = dict(event="refresh", version=version, images=count, steps=steps, start=start)
+            entry = self._begin_refresh(entry, snapshot)
             first = (version - 2) * count % len(self.pool)
             indices = (torch.arange(count) + first) % len(self.pool)
             self._make_images(version, snapshot, steps, indices, f"Refreshing images ({version})", warm=start == "images")
-            entry = dict(
-                version=version, images=count, steps=steps, start=start, alignment_before=before,
-                alignment_after=self._alignment(snapshot),
-            )  # fmt: skip
-        self.refreshes.append(entry)
-        return entry
+            return self._end_refresh(entry, snapshot)
 
     def epochs(self, count: int, *, refresh_every: int | None = None, **refresh: Any) -> Iterator[int]:
         """Epoch numbers from 0, refreshing the images against the quant model whenever ``refresh_every`` have passed.
@@ -235,9 +291,26 @@ class DataFreeCalibrator(DataLoader):
             raise InputError(f"Expected whole numbers >= 1, got count={count}, refresh_every={refresh_every}.")
         self.ensure_images()
         for epoch in range(count):
-            if refresh_every is not None and epoch > 0 and epoch % refresh_every == 0:
+            if _refresh_is_due(epoch, refresh_every):
                 self.refresh(**refresh)
             yield epoch
+
+    def calibrated_on(self, images: Tensor) -> nn.Module:
+        """A fresh quant model with the same quantizers, calibrated in the same way on other images, and frozen.
+
+        This is the row to compare with: noise, or real images where there are some.
+
+        Args:
+            images: normalised, ``(images, channels, height, width)``.
+
+        Raises:
+            ConfigurationError: if the quant model was given: it cannot be made afresh.
+        """
+        if not self._owns_quant_model:
+            raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
+        quant_model = swap_layers(self.float_model, self.scheme, self.overrides)[0].to(self.device)
+        self._calibrated(quant_model, list(images.to(self.device).split(self.batch_size or 16)))
+        return frozen_snapshot(quant_model)
 
     def freeze(self) -> nn.Module:
         """A copy of the quant model for fast inference: weights quantized once, scales fixed, no gradients.
@@ -256,6 +329,8 @@ class DataFreeCalibrator(DataLoader):
             "num_images": len(self.pool) if num_images is None else num_images,
             "held_back": len(self.held_back) if self.held_back is not None else 0,
             "synthesis": to_mapping(self.synthesis),
+            **({} if self.tuning is None else {"tuning": to_mapping(self.tuning)}),
+            **({} if self._owns_quant_model else {"quant_model": self._given_quant_model}),
             "seed": self.seed,
             "model": type(self.float_model).__name__,
             "weights": fingerprint(self.float_model),
@@ -270,7 +345,8 @@ class DataFreeCalibrator(DataLoader):
         Raises:
             RunDirectoryError: if there is no directory to write to, or it holds another run.
         """
-        run = self.run if path is None else RunDirectory(path, self.identity(), "resume")
+        own = self.run is not None and (path is None or Path(path).resolve() == self.run.path.resolve())
+        run = self.run if own or path is None else RunDirectory(path, self.identity(), "resume")
         if run is None:
             raise RunDirectoryError("save() needs a path: this calibrator was made without run_dir.")
         if self.pool.version > 0:
@@ -314,34 +390,70 @@ class DataFreeCalibrator(DataLoader):
             yield pool.images(pool.pixels[start : start + size]).to(self.device)
 
     def _calibrate_on(self, batches: list[Tensor]) -> None:
+        self.equalized, self.range_factors = self._calibrated(self._quant_model, batches)
+
+    def _calibrated(
+        self, quant_model: nn.Module, batches: list[Tensor]
+    ) -> tuple[list[EqualizedPlace], dict[str, float]]:
+        """Calibrate a quant model in place; what equalisation and range search found."""
+        places: list[EqualizedPlace] = []
+        factors: dict[str, float] = {}
         if self._owns_quant_model and self.scheme.equalize:
-            self.equalized = equalize(self._quant_model, batches)
-        calibrate(self._quant_model, batches)
+            places = equalize(quant_model, batches)
+        calibrate(quant_model, batches)
         if self._owns_quant_model and self.scheme.activation_range == "search":
-            self.range_factors = search_ranges(self._quant_model, batches)
+            factors = search_ranges(quant_model, batches)
+        return places, factors
 
     def _coupled_snapshot(self) -> nn.Module | None:
         """Q for the alignment term. Uncalibrated, it gets provisional scales from one batch made without that term."""
         if self.synthesis.align_weight == 0:
             return None
-        if not is_calibrated(self._quant_model):
-            generator = self._generator(0, 0)
-            labels = balanced_labels(min(len(self.pool), self.synthesis.batch_size), self.geometry.num_classes, generator)
-            steps = self.synthesis.resolved_warmup_steps
-            with self._bar(steps, "Warming up") as bar:
-                batch = synthesize(
-                    self._float_snapshot(), None, self.geometry, labels, self.synthesis, generator=generator,
-                    steps=steps, on_step=lambda *_: bar.update(),
-                )  # fmt: skip
-            self._calibrate_on([batch.images.to(self.device)])
-        return frozen_snapshot(self._quant_model)
+        if is_calibrated(self._quant_model):
+            return frozen_snapshot(self._quant_model)
+        generator = self._generator(0, 0)
+        labels = balanced_labels(min(len(self.pool), self.synthesis.batch_size), self.geometry.num_classes, generator)
+        steps = self.synthesis.resolved_warmup_steps
+        with self._bar(steps, "Warming up") as bar:
+            batch = synthesize(
+                self._float_snapshot(), None, self.geometry, labels, self.synthesis, generator=generator,
+                steps=steps, on_step=lambda *_: bar.update(),
+            )  # fmt: skip
+        return self._provisional_snapshot([batch.images.to(self.device)])
+
+    def _provisional_snapshot(self, batches: list[Tensor]) -> nn.Module:
+        """A snapshot calibrated on ``batches``, with the quant model left as it was.
+
+        Brevitas ignores a second calibration, so a model that was given must stay uncalibrated; and a resumed run, which
+        skips this, must start its calibration from the same bytes. (A deep copy will not do: Brevitas' MSE search of the
+        copy calls the original.)
+        """
+        if self._owns_quant_model:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SkippedLayerWarning)  # given once, by the constructor
+                quant_model = swap_layers(self.float_model, self.scheme, self.overrides)[0].to(self.device)
+            self._calibrated(quant_model, batches)
+            return frozen_snapshot(quant_model)
+        fresh = [
+            module
+            for module in self._quant_model.modules()
+            if isinstance(module, ParameterFromStatsFromParameterScaling) and not module.init_done
+        ]
+        try:
+            calibrate(self._quant_model, batches)
+            return frozen_snapshot(self._quant_model)
+        finally:
+            reset_calibration(self._quant_model)
+            for module in fresh:
+                module.init_done = False
+                module.value.data.fill_(1.0)
 
     def _float_snapshot(self) -> nn.Module:
         return float_snapshot(self.float_model).to(self.device)
 
     def _generator(self, version: int, batch: int) -> torch.Generator:
         """Each batch of each version has a stream of its own, so that batches can be made in any order or resumed."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + version) * 100_003 + batch)
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + version) * 100_003 + batch) % 2**63)
 
     def _make_images(
         self,
@@ -354,9 +466,12 @@ class DataFreeCalibrator(DataLoader):
         warm: bool = False,
     ) -> None:
         """Synthesise pool (``indices`` of it) and, at version 1, the held-back images; batch by batch on disk."""
-        labels = balanced_labels(len(self.pool), self.geometry.num_classes, self._generator(version, 99_999))
-        if warm:
-            labels = self.pool.labels.clone()
+        order = self._generator(version, 99_999)
+        labels = self.pool.labels.clone()
+        if indices is None:
+            labels = balanced_labels(len(self.pool), self.geometry.num_classes, order)
+        elif not warm:
+            labels[indices] = labels[indices][torch.randperm(len(indices), generator=order)]
         jobs = [(self.pool, chunk) for chunk in (torch.arange(len(self.pool)) if indices is None else indices).split(
             self.synthesis.batch_size)]  # fmt: skip
         held_labels = None
@@ -364,7 +479,8 @@ class DataFreeCalibrator(DataLoader):
             held_labels = balanced_labels(len(self.held_back), self.geometry.num_classes, self._generator(version, 99_998))
             jobs += [(self.held_back, chunk) for chunk in torch.arange(len(self.held_back)).split(self.synthesis.batch_size)]
         ours = self._float_snapshot()
-        names = []
+        names: list[str] = []
+        done: list[tuple] = []
         rate = self.synthesis.learning_rate * (0.25 if warm else 1.0)
         with self._bar(len(jobs) * steps, title) as bar:
             for number, (pool, chunk) in enumerate(jobs):
@@ -388,13 +504,108 @@ class DataFreeCalibrator(DataLoader):
                         self.run.write_tensors(name, found)
                     self.traces.append(batch.trace)
                 self.redrawn += int(found["redrawn"])
-                pool.put(chunk, found["images"], chunk_labels, found["informative"])
+                done.append((pool, chunk, found["images"], chunk_labels, found["informative"]))
+        # All at once: an interruption must not leave a pool that is half replaced.
+        for pool, *batch in done:
+            pool.put(*batch)
         self.pool.version = version
         if self.held_back is not None:
             self.held_back.version = max(1, self.held_back.version)
         if self.run is not None:
             self._save_pools(self.run)
             self.run.remove(*names)
+
+    def _begin_refresh(self, entry: dict[str, Any], snapshot: nn.Module) -> dict[str, Any]:
+        """Measure the alignment before a refresh, and note it on disk: the images will be replaced."""
+        name = f"state/refresh-{entry['version']}.json"
+        plan = {**entry, "quant_model": fingerprint(self._quant_model)}
+        if self.run is not None and self.run.has(name):
+            found = self.run.read_json(name)
+            if all(found.get(key) == value for key, value in plan.items()):
+                return {**entry, "alignment_before": found["alignment_before"]}
+            self._drop_batches(entry["version"])  # of a refresh against another quant model
+        entry = {**entry, "alignment_before": self._alignment(snapshot)}
+        if self.run is not None:
+            self.run.write_json(name, {**plan, **entry})
+        return entry
+
+    def _end_refresh(self, entry: dict[str, Any], snapshot: nn.Module) -> dict[str, Any]:
+        entry = {**entry, "alignment_after": self._alignment(snapshot)}
+        self.refreshes.append(entry)
+        self.history.append(entry)
+        return entry
+
+    def _start_tuning(self, distiller: Distiller) -> TuningProgress:
+        """Measure the calibrated model, the first candidate, and keep it: a resumed run must not calibrate again."""
+        loss = self._held_back_loss(distiller)
+        self.history.append(dict(event="calibration", epoch=0, held_back_loss=loss, pool_version=self.pool.version))
+        progress = TuningProgress(
+            epochs=0, pool_version=self.pool.version, best_epoch=0, best_loss=math.inf if loss is None else loss,
+            best=_copied(self._quant_model), history=self.history,
+        )  # fmt: skip
+        if self.run is not None:
+            save_progress(self.run, progress, self._quant_model.state_dict(), distiller)
+        return progress
+
+    def _tune(self, distiller: Distiller, tuning: DistillConfig, progress: TuningProgress, steps: int) -> None:
+        """The epochs that are left; then the best state goes into the quant model."""
+        with self._bar(tuning.epochs * steps, "Tuning") as bar:
+            bar.update(progress.epochs * steps)
+            for epoch in range(progress.epochs, tuning.epochs):
+                if _refresh_is_due(epoch, tuning.refresh_every):
+                    self._refresh_for(tuning, progress)
+                start = time.perf_counter()
+                generator = self._generator(1_000_000 + epoch, 0)
+                trained = distiller.train_epoch(
+                    self._shuffled(tuning.batch_size, generator), generator,
+                    on_step=lambda loss: (bar.update(), bar.set_postfix(loss=f"{loss:.4f}")),
+                )  # fmt: skip
+                loss = self._held_back_loss(distiller)
+                progress.epochs, progress.pool_version = epoch + 1, self.pool.version
+                self.history.append(dict(
+                    event="epoch", epoch=epoch + 1, train_loss=trained.total, train_divergence=trained.divergence,
+                    train_distance=trained.distance, skipped_steps=trained.skipped, held_back_loss=loss,
+                    pool_version=self.pool.version, seconds=round(time.perf_counter() - start, 2),
+                ))  # fmt: skip
+                if loss is None or loss < progress.best_loss:
+                    progress.best_epoch, progress.best = epoch + 1, _copied(self._quant_model)
+                    progress.best_loss = math.inf if loss is None else loss
+                if self.run is not None:
+                    save_progress(self.run, progress, self._quant_model.state_dict(), distiller)
+        load_quant_state(self._quant_model, progress.best)
+        self.best_epoch = progress.best_epoch
+
+    def _refresh_for(self, tuning: DistillConfig, progress: TuningProgress) -> None:
+        """Refresh the images, unless the run died between a finished refresh and the checkpoint after it."""
+        if self.pool.version == progress.pool_version:
+            self.refresh(share=tuning.refresh_share, steps=tuning.refresh_steps, start=tuning.refresh_start)
+        elif self.pool.version == progress.pool_version + 1 and self.run is not None:
+            entry = self.run.read_json(f"state/refresh-{self.pool.version}.json")
+            del entry["quant_model"]
+            self._end_refresh(entry, frozen_snapshot(self._quant_model))
+        else:
+            raise RunDirectoryError(
+                f"The images are of version {self.pool.version}, but the checkpoint of the tuning is of version "
+                f"{progress.pool_version}: one of them was replaced by hand. Start the run again with --overwrite."
+            )
+
+    def _held_back_loss(self, distiller: Distiller) -> float | None:
+        """The objective on the held-back images; infinite if it is not finite, None without such images."""
+        if self.held_back is None:
+            return None
+        losses: Losses = distiller.validation_loss(self._images_of(self.held_back))
+        return losses.total if math.isfinite(losses.total) else math.inf
+
+    def _shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        for chunk in torch.randperm(len(self.pool), generator=generator).split(batch_size):
+            yield self.pool.images(self.pool.pixels[chunk]).to(self.device)
+
+    def _drop_batches(self, version: int) -> None:
+        """Remove what is left on disk of the single batches of versions up to this one."""
+        if self.run is not None:
+            for path in self.run.path.glob("state/images-*.safetensors"):
+                if int(path.name.split("-")[1]) <= version:
+                    path.unlink()
 
     @torch.no_grad()
     def _alignment(self, quant_snapshot: nn.Module) -> float:
@@ -429,6 +640,14 @@ class DataFreeCalibrator(DataLoader):
         self.stages.append(
             {"stage": name, "seconds": round(time.perf_counter() - start, 2), "peak_memory_mib": peak_memory_mib()}
         )
+
+
+def _refresh_is_due(epoch: int, refresh_every: int | None) -> bool:
+    return refresh_every is not None and epoch > 0 and epoch % refresh_every == 0
+
+
+def _copied(quant_model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in quant_model.state_dict().items()}
 
 
 def load_quant_state(quant_model: nn.Module, state: Mapping[str, Tensor]) -> None:

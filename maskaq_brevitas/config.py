@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = [
     "AttentionKind",
+    "DistillConfig",
     "LayerBits",
+    "ReconstructConfig",
     "SCHEME_NAMES",
     "Scheme",
     "SynthesisConfig",
@@ -42,6 +45,10 @@ class LayerBits:
 
     weight: int
     activation: int
+
+    def __post_init__(self) -> None:
+        _check_at_least("LayerBits.weight", self.weight, 1)
+        _check_at_least("LayerBits.activation", self.activation, 1)
 
     def __str__(self) -> str:
         return f"w{self.weight}a{self.activation}"
@@ -98,16 +105,21 @@ class Scheme:
 
     def __post_init__(self) -> None:
         for name, bits in (("bits", self.bits), ("patch_embed", self.patch_embed), ("head", self.head)):
+            if not isinstance(bits, LayerBits):
+                raise ConfigurationError(f"Scheme.{name}: expected LayerBits(weight, activation), got {bits!r}.")
             if not (2 <= bits.weight <= 8 and 2 <= bits.activation <= 8):
                 raise ConfigurationError(f"Scheme.{name}: expected widths from 2 to 8 bits, got {bits}.")
-        if self.probability_bits is not None and not 2 <= self.probability_bits <= 8:
-            raise ConfigurationError(
-                f"Scheme.probability_bits: expected 2 to 8 bits or None, got {self.probability_bits}."
-            )
+        if self.probability_bits is not None:
+            _check_at_least("Scheme.probability_bits", self.probability_bits, 2)
+            if self.probability_bits > 8:
+                raise ConfigurationError(
+                    f"Scheme.probability_bits: expected 2 to 8 bits or None, got {self.probability_bits}."
+                )
         _check_choice("weight_range", self.weight_range, ("minmax", "mse"))
         _check_choice("activation_range", self.activation_range, ("percentile", "minmax", "mse", "search"))
         _check_choice("gelu", self.gelu, ("asymmetric", "signed"))
         _check_choice("softmax", self.softmax, ("unsigned", "signed"))
+        _check_bool("equalize", self.equalize)
 
     @property
     def resolved_probability_bits(self) -> int:
@@ -164,6 +176,8 @@ class SynthesisConfig:
         learning_rate: of AdamW at the first iteration, in units of the normalised image.
         final_learning_rate: at the last iteration (cosine schedule).
         init: ``"gaussian"`` (white, per pixel) or ``"low_frequency"`` (1/f amplitude spectrum, as natural images have).
+        parameterization: what the optimiser turns: ``"pixel"`` (METHOD.md) or ``"spectrum"`` (1/f-weighted Fourier
+            coefficients on decorrelated colour axes).
         head_weight, class_weight, tv_weight, align_weight, entropy_weight: coefficients of the five terms.
         tv_norm: ``"l2"`` (METHOD.md: 2-norms of the differences, per image) or ``"l1"`` (mean absolute difference,
             which keeps acting on small differences).
@@ -174,27 +188,29 @@ class SynthesisConfig:
         mask_start, mask_end: share of patches that count as informative at the first and last iteration (linear).
         mask_drop: share of the selected patches dropped at random in each iteration.
         mask_enabled: ``False`` aligns all patches.
-        jitter: the image is rolled by up to this many pixels in each direction, first half of the run.
+        jitter: the image is rolled by up to this many pixels in each direction, first half of the run; pixels of an
+            image whose shorter side is 224, scaled to the model's size.
         late_jitter: the same, second half.
-        flip: random horizontal flip in each iteration.
+        flip: random horizontal flip in each iteration. Off: a mirrored digit or letter is another one.
         colour_shift, colour_scale: strength of the random per-channel shift (decays to 0 over the run) and of the
             scale, in units of the normalised image.
         precision: arithmetic of the two networks; images and losses stay in float32.
         max_redraws: how often an image whose objective is not finite is drawn again before synthesis gives up.
     """
 
-    steps: int = 300
+    steps: int = 100
     warmup_steps: int | None = None
     batch_size: int = 16
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     final_learning_rate: float = 1e-3
-    init: Literal["gaussian", "low_frequency"] = "gaussian"
+    init: Literal["gaussian", "low_frequency"] = "low_frequency"
+    parameterization: Literal["pixel", "spectrum"] = "spectrum"
     head_weight: float = 1.0
     class_weight: float = 1.0
-    tv_weight: float = 1e-4
+    tv_weight: float = 8.0
     align_weight: float = 0.1
     entropy_weight: float = 1.0
-    tv_norm: Literal["l2", "l1"] = "l2"
+    tv_norm: Literal["l2", "l1"] = "l1"
     head_attention: AttentionKind = "logits"
     entropy_attention: AttentionKind = "logits"
     align_attention: AttentionKind = "logits"
@@ -222,19 +238,27 @@ class SynthesisConfig:
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 2 if name == "entropy_rows" else 1)
         for name in ("learning_rate", "final_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name}: expected a positive number, got {getattr(self, name)}.")
+            if not _number(getattr(self, name)) > 0:
+                raise ConfigurationError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
         for name in ("mask_start", "mask_end"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigurationError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}.")
-        if not 0 <= self.mask_drop < 1:
-            raise ConfigurationError(f"mask_drop: expected a share in [0, 1), got {self.mask_drop}.")
+            if not 0 < _number(getattr(self, name)) <= 1:
+                raise ConfigurationError(f"{name}: expected a share in (0, 1], got {getattr(self, name)!r}.")
+        if not 0 <= _number(self.mask_drop) < 1:
+            raise ConfigurationError(f"mask_drop: expected a share in [0, 1), got {self.mask_drop!r}.")
         for name in ("colour_shift", "colour_scale") + tuple(_TERM_WEIGHTS):
-            if not getattr(self, name) >= 0:
-                raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)}.")
+            if not _number(getattr(self, name)) >= 0:
+                raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+        if not any(getattr(self, name) > 0 for name in _TERM_WEIGHTS if name != "align_weight"):
+            raise ConfigurationError(
+                "Expected at least one of head_weight, class_weight, tv_weight and entropy_weight above 0: without them "
+                "nothing shapes the images."
+            )
+        for name in ("mask_per_layer", "mask_enabled", "flip"):
+            _check_bool(name, getattr(self, name))
         for name in ("head_attention", "entropy_attention", "align_attention", "mask_attention"):
             _check_choice(name, getattr(self, name), ("logits", "raw_logits", "probabilities"))
         _check_choice("init", self.init, ("gaussian", "low_frequency"))
+        _check_choice("parameterization", self.parameterization, ("pixel", "spectrum"))
         _check_choice("tv_norm", self.tv_norm, ("l2", "l1"))
         _check_choice("precision", self.precision, ("float32", "bfloat16"))
 
@@ -247,7 +271,7 @@ class SynthesisConfig:
         """
         values: dict[str, Any] = dict(
             steps=2000, batch_size=16, learning_rate=0.1, final_learning_rate=1e-3, init="gaussian",
-            head_weight=1.0, class_weight=1.0, tv_weight=2.5e-5 * 4, align_weight=0.1, entropy_weight=1.0,
+            parameterization="pixel", head_weight=1.0, class_weight=1.0, tv_weight=2.5e-5 * 4, align_weight=0.1, entropy_weight=1.0,
             tv_norm="l2", head_attention="raw_logits", entropy_attention="raw_logits", align_attention="raw_logits",
             mask_attention="raw_logits", entropy_rows=64, mask_per_layer=False, mask_start=0.5, mask_end=0.1,
             mask_drop=0.3, mask_enabled=True, jitter=8, late_jitter=16, flip=False, precision="float32",
@@ -258,6 +282,129 @@ class SynthesisConfig:
     def resolved_warmup_steps(self) -> int:
         """Iterations of the provisional batch."""
         return max(1, self.steps // 4) if self.warmup_steps is None else self.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How the quantized model is tuned on the images, with the float model as teacher (METHOD.md, section 3).
+
+    ``DistillConfig()`` holds our defaults; :meth:`published` the paper's and its code's. No label enters the loss.
+
+    Attributes:
+        epochs: passes over the pool.
+        refresh_every: epochs between refreshes of the images; ``None`` never refreshes.
+        refresh_share: of the pool that a refresh replaces, in (0, 1].
+        refresh_steps: iterations of a refresh; ``None`` means a quarter of the synthesis' from images, all from noise.
+        refresh_start: ``"images"`` continues from the present images, ``"noise"`` begins anew.
+        batch_size: images per step.
+        optimizer: ``"adamw"`` or ``"sgd"`` (Nesterov if ``momentum`` is above 0).
+        learning_rate: of weights, biases and LayerNorms at the first step.
+        final_learning_rate: at the last step (cosine schedule; the scales' rate falls by the same ratio).
+        scale_learning_rate: of the scales of activations and weights, in units of each scale's own value at the start
+            (Brevitas does not divide their gradients as LSQ does). 0 leaves them as calibrated.
+        momentum: of SGD.
+        weight_decay: of the weights.
+        max_gradient_norm: the gradient of all parameters together is scaled down to this 2-norm; ``None`` leaves it.
+        temperature: T of the divergence of the outputs.
+        distance_weight: c, the coefficient of the context distance; 0 leaves it out.
+        include_prefix: whether prefix tokens (the class token) count in the context distance.
+        augment: ``"none"``; ``"light"`` (random resized crop of at least 70 % of the area); ``"published"`` (random
+            resized crop, flip, colour jitter, grayscale, blur).
+        precision: arithmetic of the two networks; losses and optimiser stay in float32.
+    """
+
+    epochs: int = 20
+    refresh_every: int | None = 5
+    refresh_share: float = 1.0
+    refresh_steps: int | None = None
+    refresh_start: Literal["images", "noise"] = "images"
+    batch_size: int = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-6
+    scale_learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    max_gradient_norm: float | None = 1.0
+    temperature: float = 5.0
+    distance_weight: float = 10.0
+    include_prefix: bool = False
+    augment: Literal["none", "light", "published"] = "light"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("refresh_every", "refresh_steps"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 1)
+        if not 0 < _number(self.refresh_share) <= 1:
+            raise ConfigurationError(f"refresh_share: expected a share in (0, 1], got {self.refresh_share!r}.")
+        for name in ("learning_rate", "final_learning_rate", "temperature"):
+            if not _number(getattr(self, name)) > 0:
+                raise ConfigurationError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
+        if self.final_learning_rate > self.learning_rate:
+            raise ConfigurationError(
+                f"final_learning_rate: expected at most learning_rate ({self.learning_rate}), got "
+                f"{self.final_learning_rate}."
+            )
+        for name in ("scale_learning_rate", "weight_decay", "distance_weight"):
+            if not _number(getattr(self, name)) >= 0:
+                raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+        if not 0 <= _number(self.momentum) < 1:
+            raise ConfigurationError(f"momentum: expected a number in [0, 1), got {self.momentum!r}.")
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise ConfigurationError(
+                f"max_gradient_norm: expected a positive number or None, got {self.max_gradient_norm!r}."
+            )
+        _check_choice("refresh_start", self.refresh_start, ("images", "noise"))
+        _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
+        _check_choice("augment", self.augment, ("none", "light", "published"))
+        _check_choice("precision", self.precision, ("float32", "bfloat16"))
+
+    @classmethod
+    def published(cls, **changes: Any) -> DistillConfig:
+        """METHOD.md's published values: SGD, 100 epochs, all images made again from noise every 30.
+
+        Scales had the rate of the weights there; ours keep their own (see ``scale_learning_rate``). The published code
+        does not clip gradients.
+        """
+        values: dict[str, Any] = dict(
+            epochs=100, refresh_every=30, refresh_share=1.0, refresh_steps=None, refresh_start="noise", batch_size=16,
+            optimizer="sgd", learning_rate=1e-3, final_learning_rate=1e-5, momentum=0.9, weight_decay=0.0,
+            max_gradient_norm=None, temperature=5.0, distance_weight=10.0, augment="published", precision="float32",
+        )  # fmt: skip
+        return cls(**{**values, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """How blocks are reconstructed (:mod:`maskaq_brevitas.tuning.reconstruct`).
+
+    Attributes:
+        steps: iterations per block.
+        batch_size: images per iteration.
+        weight_learning_rate: of Adam for weights and biases, at the first iteration (cosine to 0).
+        scale_learning_rate: of scales, as a share of each scale.
+        drop: probability that an element of a quantized activation stays float in an iteration (QDrop).
+        informative_weight: extra weight of the tokens in an image's informative region; 0 treats all alike.
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    weight_learning_rate: float = 2e-4
+    scale_learning_rate: float = 1e-2
+    drop: float = 0.25
+    informative_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("weight_learning_rate", "scale_learning_rate", "informative_weight"):
+            if not _number(getattr(self, name)) >= 0:
+                raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+        if not 0 <= _number(self.drop) < 1:
+            raise ConfigurationError(f"drop: expected a share in [0, 1), got {self.drop!r}.")
 
 
 _TERM_WEIGHTS = ("head_weight", "class_weight", "tv_weight", "align_weight", "entropy_weight")
@@ -295,6 +442,17 @@ def from_mapping(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
 def _check_at_least(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigurationError(f"{name}: expected a whole number >= {least}, got {value!r}.")
+
+
+def _number(value: Any) -> float:
+    """``value`` if it is a finite number; NaN, which passes no comparison, for anything else (PyYAML reads 1e-4 as text)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else math.nan
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}: expected true or false, got {value!r}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

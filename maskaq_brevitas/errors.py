@@ -17,6 +17,7 @@ __all__ = [
     "RunDirectoryError",
     "SkippedLayerWarning",
     "SynthesisError",
+    "TuningError",
 ]
 
 
@@ -46,6 +47,10 @@ class DataError(MaskAQError, ValueError):
 
 class SynthesisError(MaskAQError, RuntimeError):
     """Images could not be synthesised (for example, the objective stays NaN)."""
+
+
+class TuningError(MaskAQError, RuntimeError):
+    """A quant model could not be tuned (for example, the loss stays NaN, or it was never calibrated)."""
 
 
 class ExportError(MaskAQError, RuntimeError):

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.errors import ConfigurationError, RunDirectoryError
 
 __all__ = ["RunDirectory", "fingerprint", "installed_versions", "write_whole"]
 
 _MANIFEST = "run.json"
+_MODES = ("new", "resume", "overwrite")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -66,10 +67,13 @@ class RunDirectory:
             starts one; ``"overwrite"`` removes the files of an earlier run first.
 
     Raises:
+        ConfigurationError: if ``mode`` is none of these.
         RunDirectoryError: if the directory holds another run, with the differing keys; or holds foreign files.
     """
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any], mode: str = "new"):
+        if mode not in _MODES:
+            raise ConfigurationError(f"run_mode: expected one of {', '.join(_MODES)}, got {mode!r}.")
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file; expected a directory for the run.")
@@ -137,6 +141,23 @@ class RunDirectory:
             return json.loads(self.file(name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{self.path / name} cannot be read: {error}.") from error
+
+    def claim(self, name: str, content: Any) -> None:
+        """Write JSON under ``name``; if it is there already, check that it is the same.
+
+        Raises:
+            RunDirectoryError: if it differs, with the differing keys.
+        """
+        content = json.loads(json.dumps(content))
+        if not self.has(name):
+            self.write_json(name, content)
+            return
+        differing = _differences(self.read_json(name), content)
+        if differing:
+            raise RunDirectoryError(
+                f"{self.path / name} is of another configuration, with which this run cannot be resumed. Differing: "
+                + "; ".join(differing)
+            )
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as safetensors; the file appears only when whole."""

@@ -82,6 +82,7 @@ def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionReco
         for handle in handles:
             handle.remove()
         for parent, child, module in originals:
+            module.training = getattr(parent, child).training  # train() or eval() of the model while it was away
             setattr(parent, child, module)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "ChannelPlace",
     "EXPLICIT_FORMS",
     "attention_modules",
+    "block_names",
     "channel_places",
     "explicit_form",
     "is_attention",
@@ -116,3 +117,15 @@ def channel_places(model: nn.Module) -> list[ChannelPlace]:
 
 def _has_affine(norm: nn.Module) -> bool:
     return getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is not None
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the transformer blocks, input side first; each maps tokens to tokens of the same shape.
+
+    Raises:
+        ModelError: if there is none of a known type.
+    """
+    names = [name for name, module in model.named_modules() if type(module) is Block]
+    if not names:
+        raise ModelError(f"{type(model).__name__} has no transformer blocks of a known type; expected timm's Block.")
+    return names

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from brevitas.nn import QuantLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,7 +66,8 @@ def equalize(quant_model: nn.Module, batches: Iterable[Tensor]) -> list[Equalize
     """
     places = [place for place in channel_places(quant_model) if _is_applicable(quant_model, place)]
     rows = collect_rows(quant_model, [place.consumers[0] for place in places], batches, _ROWS)
-    return [_equalize_place(quant_model, place, rows[place.consumers[0]]) for place in places]
+    # A layer that the model bypasses has no rows; calibration names it.
+    return [_equalize_place(quant_model, place, rows[place.consumers[0]]) for place in places if place.consumers[0] in rows]
 
 
 def row_importance(target: Tensor) -> Tensor:
@@ -123,6 +125,8 @@ def quantize_symmetric(
 
 
 def _is_applicable(quant_model: nn.Module, place: ChannelPlace) -> bool:
+    if not all(isinstance(quant_model.get_submodule(name), QuantLinear) for name in place.consumers):
+        return False  # a layer kind without a quantized twin, which the swap has named
     return place.norm is not None or not isinstance(quant_model.get_submodule(place.slot or ""), nn.Identity)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 
 import torch
+from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantIdentity
+from brevitas.nn import QuantLinear
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
@@ -84,12 +86,17 @@ def frozen_snapshot(quant_model: nn.Module) -> nn.Module:
     """A copy of a calibrated quant model with fixed weights and scales, in evaluation mode, without gradients.
 
     Raises:
-        ModelError: if a quantizer cannot be frozen (not integer, per group, or dynamic).
+        ModelError: if a layer or quantizer cannot be frozen (not Linear or Conv2d, per group, or dynamic).
     """
     snapshot = copy.deepcopy(quant_model).eval().requires_grad_(False)
     with torch.no_grad():
         for name, module in list(snapshot.named_modules()):
             if isinstance(module, QuantWeightBiasInputOutputLayer):
+                if not isinstance(module, (QuantLinear, QuantConv2d)) or getattr(module, "padding_mode", "zeros") != "zeros":
+                    raise ModelError(
+                        f"{name}: {type(module).__name__} cannot be frozen; expected QuantLinear, or QuantConv2d padded "
+                        "with zeros."
+                    )
                 if module.output_quant.is_quant_enabled or module.bias_quant.is_quant_enabled:
                     raise ModelError(
                         f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only."

@@ -22,6 +22,8 @@ from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weigh
 
 __all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers"]
 
+_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+
 
 @dataclass(frozen=True)
 class QuantizedPlace:
@@ -207,7 +209,8 @@ def _skipped_layers(model: nn.Module):
         yield SkippedLayer(name, type(module).__name__, "attention of an unregistered family, its matmuls stay float")
     for name, module in model.named_modules():
         has_matrix = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-        is_layer = has_matrix and not any(True for _ in module.children())
+        # Models hold tokens and position tables themselves; a layer with children (an adapter) is still a layer.
+        is_layer = has_matrix and (isinstance(module, _LAYERS) or not any(True for _ in module.children()))
         if is_layer and type(module) not in (nn.Linear, nn.Conv2d):
             yield SkippedLayer(name, type(module).__name__, "no quantized twin for this type")
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["colour_jitter", "gaussian_images", "low_frequency_images", "roll_jitter"]
+__all__ = ["colour_jitter", "gaussian_images", "low_frequency_images", "natural_amplitude", "roll_jitter"]
 
 
 def gaussian_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """White noise, ``(batch, channels, height, width)``, in units of the normalised image (METHOD.md, x ~ N(0, 1))."""
     return torch.randn(shape, generator=generator)
+
+
+def natural_amplitude(height: int, width: int) -> Tensor:
+    """Amplitude 1/f of natural images per real-FFT coefficient, ``(height, width // 2 + 1)``, root mean square 1.
+
+    The constant coefficient gets the amplitude of the lowest frequency.
+    """
+    rows = torch.fft.fftfreq(height).view(-1, 1)
+    columns = torch.fft.rfftfreq(width).view(1, -1)
+    amplitude = 1 / (rows.square() + columns.square()).sqrt().clamp_min(1 / max(height, width))
+    return amplitude / amplitude.square().mean().sqrt()
 
 
 def low_frequency_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
@@ -23,10 +34,7 @@ def low_frequency_images(shape: tuple[int, int, int, int], generator: torch.Gene
         generator: random source on the CPU.
     """
     batch, channels, height, width = shape
-    rows = torch.fft.fftfreq(height).view(-1, 1)
-    columns = torch.fft.rfftfreq(width).view(1, -1)
-    frequency = (rows.square() + columns.square()).sqrt()
-    amplitude = 1 / frequency.clamp_min(1 / max(height, width))
+    amplitude = natural_amplitude(height, width)
     amplitude[0, 0] = 0
     common = torch.randn(batch, 1, height, width, generator=generator)
     own = torch.randn(shape, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maskaq_brevitas.errors import InputError, RunDirectoryError
+from maskaq_brevitas.errors import InputError, RunDirectoryError, SynthesisError
 from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.run_directory import write_whole
 
 __all__ = ["SyntheticImages", "balanced_labels"]
 
@@ -51,6 +51,12 @@ class SyntheticImages(Dataset):
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.version == 0:
+            # Another loader over this data set (accelerate makes one) would serve black images without this.
+            raise SynthesisError(
+                "The synthetic images have not been made yet. Call ensure_images() of the DataFreeCalibrator before "
+                "its images are read through another loader."
+            )
         return self.images(self.pixels[index]), int(self.labels[index])
 
     def images(self, pixels: Tensor | None = None) -> Tensor:
@@ -74,17 +80,16 @@ class SyntheticImages(Dataset):
 
     def save(self, path: str | Path) -> None:
         """Write the pool as safetensors; the file appears under its name only when whole."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".partial")
         tensors = {"pixels": self.pixels, "labels": self.labels, "informative": self.informative}
-        save_file(tensors, aside, metadata={"version": str(self.version), "format": "maskaq_brevitas.pool.1"})
-        os.replace(aside, path)
+        metadata = {"version": str(self.version), "format": "maskaq_brevitas.pool.1"}
+        write_whole(Path(path), lambda aside: save_file(tensors, aside, metadata=metadata))
 
     def load(self, path: str | Path) -> None:
         """Take the images of a saved pool, in place.
 
         Raises:
-            RunDirectoryError: if the file is missing, damaged, or of another number or size of images.
+            RunDirectoryError: if the file is missing, damaged, or of another number or size of images; the pool then
+                stays as it is.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -99,5 +104,6 @@ class SyntheticImages(Dataset):
                     f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(present.shape)} "
                     f"{present.dtype}: it was saved for another model or number of images."
                 )
-            present.copy_(tensor)
+        for name, tensor in found.items():
+            getattr(self, name).copy_(tensor)
         self.version = version

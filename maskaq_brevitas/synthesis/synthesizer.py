@@ -15,8 +15,11 @@ from maskaq_brevitas.errors import InputError, SynthesisError
 from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.synthesis import augment, masks, objectives
+from maskaq_brevitas.synthesis.parameterize import ImageParameter, PixelParameter, SpectrumParameter
 
-__all__ = ["SynthesizedBatch", "masked_alignment", "synthesize"]
+__all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "synthesize"]
+
+_PARAMETERS: dict[str, type[ImageParameter]] = {"pixel": PixelParameter, "spectrum": SpectrumParameter}
 
 
 @dataclass
@@ -79,11 +82,12 @@ def synthesize(
     shape = (len(labels), *geometry.input_size)
     if start is not None and tuple(start.shape) != shape:
         raise InputError(f"start: expected images of shape {shape}, got {tuple(start.shape)}.")
-    first = draw_start(config.init, shape, generator) if start is None else start.clone()
-    images = torch.minimum(torch.maximum(first.to(device), low), high).requires_grad_(True)
-    optimizer = torch.optim.AdamW([images], lr=peak_rate, weight_decay=0.0)
+    first = draw_start(config.init, shape, high - low, generator) if start is None else start.clone()
+    parameter = _PARAMETERS[config.parameterization](first.to(device), low, high)
+    optimizer = torch.optim.AdamW([parameter.value], lr=peak_rate, weight_decay=0.0)
     draws = torch.zeros(len(labels), dtype=torch.long)
-    batch = SynthesizedBatch(images=images, informative=torch.empty(0))
+    spare = _fork(generator)
+    batch = SynthesizedBatch(images=torch.empty(0), informative=torch.empty(0))
     final_rate = min(config.final_learning_rate, peak_rate)
 
     points = _tap_points(config)
@@ -92,26 +96,25 @@ def synthesize(
             progress = step / max(1, steps - 1)
             optimizer.param_groups[0]["lr"] = final_rate + (peak_rate - final_rate) * (1 + cos(pi * progress)) / 2
             terms = _terms(
-                images, labels, float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, geometry, config,
+                parameter.images(), labels, float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, geometry, config,
                 progress, generator,
             )  # fmt: skip
             objective = sum(weight * term for weight, term in terms.values())
-            (gradient,) = torch.autograd.grad(objective.sum(), images)
+            (gradient,) = torch.autograd.grad(objective.sum(), parameter.value)
             broken = ~(torch.isfinite(objective) & torch.isfinite(gradient.flatten(1)).all(dim=1))
             if broken.any():
-                _redraw(images, gradient, broken.cpu(), draws, optimizer, config, generator, (low, high))
+                _redraw(parameter, gradient, broken.cpu(), draws, optimizer, config, spare, shape)
                 batch.redrawn += int(broken.sum())
-            images.grad = gradient
+            parameter.value.grad = gradient
             optimizer.step()
-            with torch.no_grad():
-                images.copy_(torch.minimum(torch.maximum(images, low), high))
+            parameter.settle()
             if step in (0, steps - 1) or on_step is not None:
                 mean = float(objective.detach()[~broken].mean()) if not broken.all() else float("nan")
                 if step in (0, steps - 1):
                     _note(batch.trace, mean, {name: term for name, (_, term) in terms.items()})
                 if on_step is not None:
                     on_step(step + 1, mean)
-        seen_by_float.clear()
+        images = parameter.images().detach()
         with torch.no_grad(), _autocast(config, device):
             float_snapshot(images)
         received = masks.received_attention(
@@ -119,7 +122,7 @@ def synthesize(
             geometry.class_token,
         )  # fmt: skip
     batch.informative = masks.informative_mask(received.mean(dim=0), config.mask_end).cpu()
-    batch.images = images.detach().cpu()
+    batch.images = images.cpu()
     if not torch.isfinite(batch.images).all():
         raise SynthesisError("The synthesised images are not finite; try a lower learning rate.")
     return batch
@@ -155,10 +158,16 @@ def masked_alignment(
         return objectives.masked_alignment_loss(float_rows, quant_rows, mask)
 
 
-def draw_start(init: str, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
-    """Starting images of the kind ``init`` (see :class:`~maskaq_brevitas.config.SynthesisConfig`)."""
-    draw = augment.low_frequency_images if init == "low_frequency" else augment.gaussian_images
-    return draw(shape, generator)
+def draw_start(init: str, shape: tuple[int, int, int, int], span: Tensor, generator: torch.Generator) -> Tensor:
+    """Starting images of the kind ``init`` (see :class:`~maskaq_brevitas.config.SynthesisConfig`), on the CPU.
+
+    Args:
+        span: white minus black in normalised units, ``(channels, 1, 1)``. Low-frequency images get a deviation of a
+            fifth of it, a typical contrast of photographs; Gaussian ones get 1 as published.
+    """
+    if init == "gaussian":
+        return augment.gaussian_images(shape, generator)
+    return augment.low_frequency_images(shape, generator) * 0.2 * span.cpu()
 
 
 def _terms(
@@ -174,7 +183,7 @@ def _terms(
     generator: torch.Generator,
 ) -> dict[str, tuple[float, Tensor]]:
     """Weight and value ``(batch,)`` of every term that is switched on, from one forward pass of each network."""
-    reach = config.jitter if progress < 0.5 else config.late_jitter
+    reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
     x = augment.roll_jitter(images, reach, generator)
     x = augment.colour_jitter(x, config.colour_shift * (1 - progress), config.colour_scale, generator)
     if config.flip and torch.rand((), generator=generator) < 0.5:
@@ -247,15 +256,25 @@ def _autocast(config: SynthesisConfig, device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
+def _fork(generator: torch.Generator) -> torch.Generator:
+    """A second stream, fixed by the state of ``generator``, which stays as it is.
+
+    New draws come from it, so that an image's result does not depend on a neighbour that had to be drawn again.
+    """
+    probe = torch.Generator()
+    probe.set_state(generator.get_state())
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=probe)))
+
+
 def _redraw(
-    images: Tensor,
+    parameter: ImageParameter,
     gradient: Tensor,
     broken: Tensor,
     draws: Tensor,
     optimizer: torch.optim.Optimizer,
     config: SynthesisConfig,
     generator: torch.Generator,
-    bounds: tuple[Tensor, Tensor],
+    shape: tuple[int, ...],
 ) -> None:
     """Start the ``broken`` images again from noise, with a clean optimiser state and no gradient in this step."""
     draws += broken.long()
@@ -265,14 +284,13 @@ def _redraw(
             f"{config.max_redraws} new draws. The float or the quantized model gives NaN or infinity: check its weights, "
             "or raise max_redraws."
         )
-    fresh = draw_start(config.init, (int(broken.sum()), *images.shape[1:]), generator).to(images.device)
-    where = broken.to(images.device)
-    with torch.no_grad():
-        images[where] = torch.minimum(torch.maximum(fresh, bounds[0]), bounds[1])
-        gradient[where] = 0
-        for value in optimizer.state[images].values():
-            if isinstance(value, Tensor) and value.shape == images.shape:
-                value[where] = 0
+    fresh = draw_start(config.init, (int(broken.sum()), *shape[1:]), parameter.high - parameter.low, generator)
+    where = broken.to(gradient.device)
+    parameter.put(where, fresh.to(gradient.device))
+    gradient[where] = 0
+    for value in optimizer.state[parameter.value].values():
+        if isinstance(value, Tensor) and value.shape == gradient.shape:
+            value[where] = 0
 
 
 def _note(trace: dict[str, tuple[float, float]], objective: float, terms: dict[str, Tensor]) -> None:

@@ -1,0 +1,317 @@
+"""What the commands of ``maskaq`` do, once their options are parsed."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from maskaq_brevitas.calibrator import DataFreeCalibrator
+from maskaq_brevitas.config import DistillConfig, SynthesisConfig, resolve_scheme
+from maskaq_brevitas.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ExportError,
+    InputError,
+    MissingExtraError,
+    RunDirectoryError,
+)
+from maskaq_brevitas.evaluation import digits_split, evaluate as measure_accuracy, labelled_folder
+from maskaq_brevitas.export import QonnxCheck, export_qonnx, verify_qonnx
+from maskaq_brevitas.export.process import require
+from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
+from maskaq_brevitas.options import read_saved, to_yaml
+from maskaq_brevitas.report import AccuracyRow, Report
+from maskaq_brevitas.report.report import text_table
+from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
+from maskaq_brevitas.synthesis.augment import gaussian_images
+
+__all__ = ["evaluate", "export", "quantize"]
+
+_SPLIT_SEED = 2_000_003
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Labelled images: what is evaluated on, and what the real-image row is calibrated on; either may be missing."""
+
+    evaluation: Dataset | None
+    calibration: Dataset | None
+
+
+def quantize(options: Namespace) -> None:
+    """The main job. Everything that can be wrong with the input is checked before the folder is made.
+
+    Raises:
+        MaskAQError: for bad input, see the messages.
+    """
+    out, mode = Path(options.out), "overwrite" if options.overwrite else "resume" if options.resume else "new"
+    _resolve_paths(options)
+    calibration = _calibrator_options(options)
+    if not options.no_export:
+        require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
+    if mode == "new" and out.exists() and (out.is_file() or any(out.iterdir())):
+        RunDirectory(out, {}, mode)  # says why it is refused
+    model = load_model(options.model, checkpoint=options.checkpoint)
+    calibrator = DataFreeCalibrator(model, **calibration)
+    data = _labelled_data(options, model)
+    rows = []
+    if data.evaluation is not None:
+        with calibrator._stage("evaluation of the float model"):  # it also decodes every image
+            rows.append(_row("float", model, data, options))
+    real = _real_images(calibrator, data, options)
+    calibrator.run = RunDirectory(out, calibrator.identity(), mode)
+    write_whole(out / "config.yaml", lambda aside: aside.write_text(to_yaml(options), encoding="utf-8"))
+
+    calibrator.quantize()
+    calibrator.save()
+    if data.evaluation is not None:
+        with calibrator._stage("evaluation and baselines"):
+            rows += _compared_rows(calibrator, real, data, options)
+    check = failure = None
+    if not options.no_export:
+        with calibrator._stage("export and check"):
+            try:
+                check = _export(calibrator, out / "model.onnx", options.batch)
+            except ExportError as error:  # the rest of the run is worth a report
+                failure = error
+    report = calibrator.report(rows=rows, qonnx_check=check, title=f"{options.model}, {options.scheme}")
+    try:
+        report.save(out)
+    except MissingExtraError as error:
+        print(f"maskaq: warning: {out}/images.png is left out. {error}", file=sys.stderr)
+    _print_result(report, calibrator, check, out)
+    if failure is not None:
+        raise failure
+
+
+def evaluate(options: Namespace) -> None:
+    """Print the accuracy of the float and the quantized model of a run.
+
+    Raises:
+        MaskAQError: for bad input, see the messages.
+    """
+    saved = _saved_options(options)
+    for name in ("eval_limit", "eval_batch_size"):
+        setattr(saved, name, getattr(options, name))
+    saved.eval_data = options.eval_data or saved.eval_data
+    calibrator = _load_run(options.run, saved)
+    data = _labelled_data(saved, calibrator.float_model)
+    if data.evaluation is None:
+        raise ConfigurationError("Expected labelled images, got none: name a folder with --eval-data DIR.")
+    rows = [
+        _row("float", calibrator.float_model, data, saved),
+        _row("quantized", calibrator.freeze(), data, saved),
+    ]
+    print(f"{saved.model}, {saved.scheme}\n")
+    print(text_table(["model", "top-1 [%]", "images"], [[row.name, f"{row.top1:.2f}", row.images] for row in rows]))
+
+
+def export(options: Namespace) -> None:
+    """Write the quantized model of a run as a file, check it on the held-back images, and print the check.
+
+    Raises:
+        MaskAQError: for bad input, see the messages; ExportError if the file does not compute what the model computes.
+    """
+    require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
+    saved = _saved_options(options, quiet=True)
+    calibrator = _load_run(options.run, saved)
+    output = Path(options.output) if options.output is not None else Path(options.run) / "model.onnx"
+    check = _export(calibrator, output, options.batch)
+    print(f"{output}\n{_check_line(check)}")
+
+
+def _resolve_paths(options: Namespace) -> None:
+    """Absolute paths, so that the saved configuration holds in any folder."""
+    for name in ("checkpoint", "eval_data", "calibration_data"):
+        if getattr(options, name) is not None:
+            setattr(options, name, str(Path(getattr(options, name)).resolve()))
+
+
+def _section(options: Namespace, prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(f"{prefix}."): value for name, value in vars(options).items() if name.startswith(f"{prefix}.")
+    }
+
+
+def _calibrator_options(options: Namespace) -> dict[str, Any]:
+    """Keyword arguments of :class:`DataFreeCalibrator`, checked as far as they can be without the model."""
+    if options.images < 1:
+        raise InputError(f"--images: expected a whole number >= 1, got {options.images}.")
+    for name in ("eval_limit", "eval_batch_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {getattr(options, name)}.")
+    overrides = {}
+    for text in options.override:
+        pattern, equals, bits = text.rpartition("=")
+        if not equals or not pattern:
+            raise ConfigurationError(f"--override: expected PATTERN=wXaY, for example 'head=w8a8', got {text!r}.")
+        overrides[pattern] = bits
+    tuning = None
+    if options.tune == "distill":
+        tuning = DistillConfig(
+            epochs=options.epochs, refresh_every=options.refresh_every, **_section(options, "tuning")
+        )
+    return dict(
+        scheme=resolve_scheme(options.scheme),
+        overrides=overrides,
+        num_images=options.images,
+        batch_size=options.batch_size,
+        synthesis=SynthesisConfig(
+            steps=options.steps, batch_size=options.batch_size, **_section(options, "synthesis")
+        ),
+        tuning=tuning,
+        seed=options.seed,
+        device=_device(options.device),
+        progress=not options.quiet,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigurationError(f"--device: expected a device of this machine, got {name!r}: {reason}") from error
+    return device
+
+
+def _labelled_data(options: Namespace, model: nn.Module) -> _Data:
+    """Opens the labelled images that the options name; ``digits_vit`` brings its own."""
+    shipped = options.model == SHIPPED_MODEL
+    evaluation: Dataset | None = None
+    calibration: Dataset | None = None
+    if options.eval_data is not None:
+        evaluation = labelled_folder(options.eval_data, model)
+    elif shipped:
+        evaluation = digits_split(False, model)  # type: ignore[assignment]
+    if options.calibration_data is not None:
+        calibration = labelled_folder(options.calibration_data, model)
+    elif shipped and options.eval_data is None:
+        calibration = digits_split(True, model)  # type: ignore[assignment]
+    return _Data(evaluation, calibration)
+
+
+def _row(name: str, model: nn.Module, data: _Data, options: Namespace, calibration_images: int | None = None):
+    found = measure_accuracy(
+        model, data.evaluation, batch_size=options.eval_batch_size, limit=options.eval_limit,
+        device=options.device, progress=not options.quiet,
+    )  # fmt: skip
+    return AccuracyRow(name=name, top1=found.top1, images=found.images, calibration_images=calibration_images)
+
+
+def _real_images(calibrator: DataFreeCalibrator, data: _Data, options: Namespace) -> Tensor | None:
+    """As many real images as there are synthetic ones, drawn by the seed; None if there are none or none are wanted."""
+    if data.calibration is None or data.evaluation is None or options.no_baselines:
+        return None
+    order = torch.randperm(len(data.calibration), generator=torch.Generator().manual_seed(options.seed))
+    return torch.stack([data.calibration[index][0] for index in order[: options.images].tolist()])
+
+
+def _compared_rows(
+    calibrator: DataFreeCalibrator, real: Tensor | None, data: _Data, options: Namespace
+) -> list[AccuracyRow]:
+    """The same quantizers, calibrated in the same way, on noise, on the synthetic and on real images."""
+    count = options.images
+    synthetic = calibrator.pool.images()
+    rows = []
+
+    def calibrated_row(name: str, images: Tensor) -> AccuracyRow:
+        return _row(f"calibrated on {name}", calibrator.calibrated_on(images), data, options, len(images))
+
+    if not options.no_baselines:
+        rows.append(calibrated_row("Gaussian noise", _noise(calibrator, count, options.seed)))
+    if calibrator.tuning is None:
+        rows.append(_row("calibrated on synthetic images", calibrator.freeze(), data, options, count))
+    else:
+        rows.append(calibrated_row("synthetic images", synthetic))
+        rows.append(_row("tuned on synthetic images", calibrator.freeze(), data, options, count))
+    if real is not None:
+        split = "real training images" if options.calibration_data is None else "real images"
+        rows.append(calibrated_row(split, real))
+    return rows
+
+
+def _noise(calibrator: DataFreeCalibrator, count: int, seed: int) -> Tensor:
+    """White noise in normalised units, clamped to what a pixel can be: what one calibrates on without any idea."""
+    generator = torch.Generator().manual_seed(_SPLIT_SEED + seed)
+    images = gaussian_images((count, *calibrator.geometry.input_size), generator)
+    low, high = calibrator.geometry.bounds(images)
+    return torch.minimum(torch.maximum(images, low), high)
+
+
+def _export(calibrator: DataFreeCalibrator, path: Path, batch: str) -> QonnxCheck:
+    """Write the QONNX file and execute it on the held-back images; one that fails the check never gets its name."""
+    images = (calibrator.held_back or calibrator.pool).images()
+    checks = []
+
+    def write(aside: Path) -> None:
+        shape = calibrator.geometry.input_size
+        export_qonnx(calibrator.quant_model, aside, input_shape=shape, dynamic_batch=batch == "dynamic")
+        checks.append(verify_qonnx(aside, calibrator.quant_model, images))
+
+    write_whole(path, write)
+    return checks[0]
+
+
+def _saved_options(options: Namespace, *, quiet: bool = False) -> Namespace:
+    """The options that the run was made with; raises RunDirectoryError if there is none."""
+    folder = Path(options.run)
+    RunDirectory.read_identity(folder)
+    if not (folder / "quant_model.safetensors").is_file():
+        raise RunDirectoryError(
+            f"Expected a finished run in {folder}, found no quant_model.safetensors. Finish it with "
+            f"'maskaq quantize --config {folder / 'config.yaml'} --out {folder} --resume'."
+        )
+    saved = read_saved(folder / "config.yaml")
+    saved.device = getattr(options, "device", "cpu")
+    saved.quiet = quiet or options.quiet
+    return saved
+
+
+def _load_run(folder: str, saved: Namespace) -> DataFreeCalibrator:
+    """The calibrator of a finished run, with its images and its quant model."""
+    model = load_model(saved.model, checkpoint=saved.checkpoint)
+    if fingerprint(model) != RunDirectory.read_identity(folder)["weights"]:
+        raise CheckpointError(
+            f"Expected the float weights that {folder} was made from, got others for {saved.model!r}. "
+            "Put back the checkpoint named in its config.yaml, or quantize again."
+        )
+    calibrator = DataFreeCalibrator(model, **_calibrator_options(saved))
+    calibrator.load(folder)
+    return calibrator
+
+
+def _check_line(check: QonnxCheck) -> str:
+    verdict = "passed" if check.passed else "FAILED"
+    return (
+        f"{verdict}: executed on {check.images} images, largest difference of a logit {check.max_abs_difference:.2g} "
+        f"(relative {check.relative_difference:.2g}), equal top-1 {check.top1_agreement:.0%}"
+    )
+
+
+def _print_result(report: Report, calibrator: DataFreeCalibrator, check: QonnxCheck | None, out: Path) -> None:
+    """The one table of the main job."""
+    cost = report.cost
+    rows: list[list[Any]] = [
+        [row.name, f"{row.top1:.2f} %", f"{row.images} labelled images"] for row in report.accuracy
+    ]
+    rows += [
+        [f"agrees with float on {name} images", f"{100 * share:.2f} %", f"{len(pool)} images"]
+        for (name, share), pool in zip(report.agreement.items(), (calibrator.pool, calibrator.held_back), strict=False)
+    ]
+    rows.append(["size", f"{cost.bytes_quantized / 1e6:.3f} MB", f"float32: {cost.bytes_float32 / 1e6:.3f} MB"])
+    rows.append(["GBOPs per image", f"{cost.bops / 1e9:.3f}", f"float32: {cost.bops_float32 / 1e9:.3f}"])
+    if check is not None:
+        rows.append(["QONNX check", "passed" if check.passed else "FAILED", _check_line(check).partition(": ")[2]])
+    titles = [report.title, "top-1" if report.accuracy else "", ""]
+    print(text_table(titles, rows, right=(1,)))
+    seconds = sum(stage["seconds"] for stage in calibrator.stages)
+    print(f"\n{seconds:.0f} s; report, images, model and configuration are in {out}")

@@ -1,0 +1,280 @@
+"""The options of the command line, and the same options in a YAML file. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from maskaq_brevitas.config import DistillConfig, SynthesisConfig
+from maskaq_brevitas.errors import ConfigurationError
+
+__all__ = ["COMMANDS", "parse", "read_saved", "to_yaml", "top_parser"]
+
+COMMANDS = {
+    "quantize": "quantize a model without data: synthesise, calibrate, tune, evaluate, export, report",
+    "evaluate": "accuracy of the float and the quantized model of a run, on labelled images",
+    "export": "write the quantized model of a run as a file for other tools, and check the file by executing it",
+}
+
+#: Configuration classes that appear as ``--PREFIX.KEY``, and the keys that have a short option instead.
+_SECTIONS = {
+    "synthesis": (SynthesisConfig, {"steps", "batch_size"}),
+    "tuning": (DistillConfig, {"epochs", "refresh_every"}),
+}
+#: Options that say where and how a command runs, not what it computes: they are not saved with a run.
+_NOT_SAVED = {"config", "out", "overwrite", "resume", "quiet"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}. See: {self.prog} --help")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text; options without one say in their text what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default is None or isinstance(action.default, (bool, list))
+        return action.help if empty else super()._get_help_string(action)
+
+
+def top_parser(version: str) -> argparse.ArgumentParser:
+    """The parser of ``maskaq`` itself; it knows the commands by name only."""
+    parser = _Parser(
+        prog="maskaq",
+        description="Data-free quantization of Vision Transformers on Brevitas.",
+        epilog="'maskaq COMMAND --help' lists the options of a command, with units and defaults.",
+    )
+    parser.add_argument("--version", action="version", version=f"maskaq_brevitas {version}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def parse(command: str, arguments: list[str]) -> argparse.Namespace:
+    """The options of a command; those of ``--config FILE.yaml`` come first, the command line overrides them.
+
+    Raises:
+        ConfigurationError: unknown option or key, or a value of the wrong kind.
+    """
+    parser, actions = _command_parser(command)
+    options = parser.parse_intermixed_args(arguments)
+    if getattr(options, "config", None) is not None:
+        options = _parse_values(parser, actions, _read_yaml(Path(options.config)), options.config, arguments)
+    if command == "quantize":
+        if options.model is None:
+            raise ConfigurationError("Expected a MODEL, got none: name one, or give a --config that does.")
+        if options.overwrite and options.resume:
+            raise ConfigurationError("Expected --overwrite or --resume, got both. Choose one.")
+        if options.out is None:
+            options.out = f"runs/{options.model}-{options.scheme}"
+    return options
+
+
+def read_saved(path: Path) -> argparse.Namespace:
+    """The options of ``quantize`` that a run was made with.
+
+    Raises:
+        ConfigurationError: if the file is missing or damaged, or has an unknown key.
+    """
+    parser, actions = _command_parser("quantize")
+    return _parse_values(parser, actions, _read_yaml(path), str(path), [])
+
+
+def to_yaml(options: argparse.Namespace) -> str:
+    """Resolved options of ``quantize`` as YAML, to be given back through ``--config``."""
+    content: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        if name in _NOT_SAVED:
+            continue
+        section, _, key = name.rpartition(".")
+        (content.setdefault(section, {}) if section else content)[key] = value
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
+    """The parser of one command, and its options by their name in YAML."""
+    parser = _Parser(
+        prog=f"maskaq {command}", usage=f"maskaq {command} {'MODEL' if command == 'quantize' else 'RUN'} [options]",
+        description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
+        formatter_class=_Help, allow_abbrev=False,
+    )  # fmt: skip
+    actions: dict[str, argparse.Action] = {}
+
+    def add(*flags: str, group: Any = parser, **details: Any) -> None:
+        action = group.add_argument(*flags, **details)
+        actions[action.dest] = action
+
+    {"quantize": _add_quantize, "evaluate": _add_evaluate, "export": _add_export}[command](parser, add)
+    return parser, actions
+
+
+def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("model", nargs="?", metavar="MODEL", help="'digits_vit' (shipped), or the name of a timm Vision Transformer")
+    add("--config", metavar="FILE.yaml", help="options from a file, for example RUN/config.yaml of an earlier run; the "
+        "command line overrides it (repeated --override add to it)")  # fmt: skip
+    add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm downloads its own")
+    add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
+        "embedding, head and attention probabilities at 8) or strict-wXaY (everything at XY)")  # fmt: skip
+    add("--override", action="append", default=[], metavar="PATTERN=wXaY",
+        help="other bits for the layers that a shell pattern matches, e.g. 'blocks.*.mlp.fc2=w4a8'; repeatable")
+    add("--images", type=int, default=64, metavar="N", help="synthetic images")
+    add("--steps", type=int, default=SynthesisConfig.steps, metavar="N", help="iterations of synthesis per batch")
+    add("--batch-size", type=int, default=16, metavar="N", help="images per batch, in synthesis and calibration")
+    add("--seed", type=int, default=0, metavar="N", help="of all randomness")
+    add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
+    add("--tune", choices=("none", "distill"), default="none", help="after calibration: nothing, or distillation from "
+        "the float model on the synthetic images")  # fmt: skip
+    add("--epochs", type=int, default=DistillConfig.epochs, metavar="N", help="passes over the images (--tune)")
+    add("--refresh-every", type=_optional(int), default=DistillConfig.refresh_every, metavar="N",
+        help="epochs between refreshes of the images against the quantized model, or none (--tune)")
+    data = parser.add_argument_group("labelled images (they only evaluate)")
+    _add_evaluation_data(add, data, "test split")
+    add("--calibration-data", group=data, metavar="DIR", help="real images, for a row to compare with: the same "
+        "quantizers calibrated on them; digits_vit takes its training split")  # fmt: skip
+    add("--no-baselines", group=data, action="store_true", help="leave out the rows calibrated on noise and real images")
+    output = parser.add_argument_group("output")
+    add("--out", group=output, metavar="DIR", help="folder of the run; default: runs/MODEL-SCHEME")
+    add("--overwrite", group=output, action="store_true", help="replace the run that DIR holds")
+    add("--resume", group=output, action="store_true", help="continue the run that DIR holds")
+    add("--no-export", group=output, action="store_true", help="do not write and check a file for other tools")
+    _add_file_kind(add, output)
+    add("--quiet", group=output, action="store_true", help="no progress; only the final table")
+    for section, (cls, short) in _SECTIONS.items():
+        group = parser.add_argument_group(f"{section} in detail")
+        hints, texts = get_type_hints(cls), _attribute_texts(cls)
+        for entry in dataclasses.fields(cls):
+            if entry.name not in short:
+                add(f"--{section}.{entry.name}", group=group, default=entry.default,
+                    help=texts.get(entry.name, "").replace("%", "%%"), **_argument_type(hints[entry.name]))
+
+
+def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("run", metavar="RUN", help="folder of a run")
+    _add_evaluation_data(add, parser, "test split")
+    add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
+    add("--quiet", action="store_true", help="no progress; only the final table")
+
+
+def _add_export(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("run", metavar="RUN", help="folder of a run")
+    _add_file_kind(add, parser)
+    add("--output", metavar="FILE", help="file to write, replaced if it exists; default: RUN/model.onnx")
+
+
+def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> None:
+    add("--eval-data", group=group, metavar="DIR", help="ImageFolder, or a folder with labels.csv (file,label); without "
+        f"it digits_vit takes its {split} and others are not evaluated")  # fmt: skip
+    add("--eval-limit", group=group, type=int, metavar="N", help="evaluate on N images, evenly spaced; default: all")
+    add("--eval-batch-size", group=group, type=int, default=64, metavar="N", help="images per step of an evaluation")
+
+
+def _add_file_kind(add: Callable[..., None], group: Any) -> None:
+    add("--format", group=group, choices=("qonnx",), default="qonnx", help="kind of file")
+    add("--batch", group=group, choices=("fixed", "dynamic"), default="fixed",
+        help="first dimension of the file: 1 image, or any number")
+
+
+def _parse_values(
+    parser: argparse.ArgumentParser,
+    actions: dict[str, argparse.Action],
+    values: Mapping[str, Any],
+    source: str,
+    arguments: list[str],
+) -> argparse.Namespace:
+    """Values of a YAML file as if they stood on the command line, in front of ``arguments``."""
+    tokens: list[str] = []
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = str(key) in _SECTIONS and isinstance(value, Mapping)
+        flat.update({f"{key}.{name}": item for name, item in value.items()} if nested else {str(key): value})
+    for key, value in flat.items():
+        action = actions.get(key)
+        if action is None or key == "config":
+            near = difflib.get_close_matches(key, actions, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(actions)}."
+            raise ConfigurationError(f"{source}: unknown key {key!r}. {hint}")
+        if not action.option_strings:
+            model = value
+            continue
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"{source}: {key}: expected true or false, got {value!r}.")
+            tokens += [flag] * value
+        elif isinstance(action.default, list):
+            if not isinstance(value, list):
+                raise ConfigurationError(f"{source}: {key}: expected a list, got {value!r}.")
+            tokens += [f"{flag}={item}" for item in value]
+        elif isinstance(value, (list, Mapping)):
+            raise ConfigurationError(f"{source}: {key}: expected a single value, got {value!r}.")
+        elif value is not None:
+            tokens.append(f"{flag}={str(value).lower() if isinstance(value, bool) else value}")
+        elif action.default is not None:
+            tokens.append(f"{flag}=none")
+    options = parser.parse_intermixed_args([*tokens, *arguments])
+    if "model" in flat and options.model is None:
+        options.model = str(model)
+    return options
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"Expected a YAML file of options, cannot read '{path}': {_one_line(error)}.") from error
+    if not isinstance(content, Mapping):
+        raise ConfigurationError(f"{path}: expected options as 'key: value', got {type(content).__name__}.")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _argument_type(hint: Any) -> dict[str, Any]:
+    """``type``, ``choices`` and ``metavar`` of an option for a field of that type."""
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = next(kind for kind in get_args(hint) if kind is not type(None))
+        return {"type": _optional(inner), "metavar": "X" if inner is float else "N"}
+    if hint is bool:
+        return {"type": _boolean, "metavar": "true|false"}
+    return {"type": hint, "metavar": "X" if hint is float else "N"}
+
+
+def _optional(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or none"  # argparse names it in its message
+    return convert
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+_boolean.__name__ = "true or false"
+
+
+def _attribute_texts(cls: type) -> dict[str, str]:
+    """What the ``Attributes`` of a docstring say of each name."""
+    section = (cls.__doc__ or "").partition("Attributes:")[2]
+    texts = {}
+    for names, text in re.findall(r"^ {8}([a-z][\w, ]*): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE):
+        plain = " ".join(text.replace("``", "").split())
+        texts.update(dict.fromkeys(names.split(", "), plain))
+    return texts

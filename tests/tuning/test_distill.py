@@ -1,0 +1,212 @@
+"""Distiller: what it trains, what it leaves alone, and that its state goes on bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
+from torch import nn
+
+from maskaq_brevitas.config import DistillConfig, resolve_scheme
+from maskaq_brevitas.errors import ConfigurationError, InputError, TuningError
+from maskaq_brevitas.quant.snapshot import float_snapshot
+from maskaq_brevitas.quant.swap import swap_layers
+from maskaq_brevitas.tuning.calibrate import calibrate
+from maskaq_brevitas.tuning.distill import Distiller, augment, parameter_groups
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def quant_model(tiny_vit: nn.Module, images: torch.Tensor) -> nn.Module:
+    model, _ = swap_layers(tiny_vit, replace(resolve_scheme("w4a4"), weight_range="minmax", equalize=False))
+    calibrate(model, [images])
+    return model
+
+
+def _distiller(tiny_vit: nn.Module, quant_model: nn.Module, total_steps: int = 12, optimizer=None, **config) -> Distiller:
+    config = {"augment": "none", "learning_rate": 1e-3, "final_learning_rate": 1e-5, **config}
+    return Distiller(
+        quant_model, float_snapshot(tiny_vit), DistillConfig(**config), prefix=1, total_steps=total_steps,
+        optimizer=optimizer,
+    )  # fmt: skip
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize(
+    ("config", "optimizer"),
+    [
+        (dict(learning_rate=1e-4), None),
+        (dict(optimizer="sgd", learning_rate=1e-2, scale_learning_rate=1e-5), None),
+        (dict(learning_rate=1e-5, scale_learning_rate=1e-4), torch.optim.RMSprop),
+    ],
+    ids=["adamw", "sgd", "factory"],
+)
+def test_loss_falls(tiny_vit, quant_model, images, config, optimizer):
+    distiller = _distiller(tiny_vit, quant_model, optimizer=optimizer, **config)
+    before = distiller.validation_loss([images]).total
+    for _ in range(6):
+        distiller.train_epoch(images.split(4), _generator())
+    assert distiller.validation_loss([images]).total < before
+
+
+def test_total_is_divergence_plus_weighted_distance(tiny_vit, quant_model, images):
+    losses = _distiller(tiny_vit, quant_model, distance_weight=3.0).validation_loss([images])
+    assert losses.distance > 0
+    assert losses.total == pytest.approx(losses.divergence + 3 * losses.distance, rel=1e-5)
+    assert _distiller(tiny_vit, quant_model, distance_weight=0.0).validation_loss([images]).distance == 0
+
+
+def test_validation_is_a_mean_over_images_and_changes_nothing(tiny_vit, quant_model, images):
+    distiller = _distiller(tiny_vit, quant_model)
+    state = {name: value.clone() for name, value in quant_model.state_dict().items()}
+    whole = distiller.validation_loss([images]).total
+    assert distiller.validation_loss([images[:2], images[2:]]).total == pytest.approx(whole, rel=1e-4)
+    assert all(torch.equal(state[name], value) for name, value in quant_model.state_dict().items())
+    with pytest.raises(InputError, match="at least one image"):
+        distiller.validation_loss([])
+
+
+def test_scales_learn_at_their_own_rate_or_not_at_all(tiny_vit, quant_model, images):
+    groups = parameter_groups(quant_model, DistillConfig(learning_rate=1e-3, scale_learning_rate=1e-2))
+    scales = [group for group in groups if group["floor"] is not None]
+    assert len(scales) > 10
+    for group in scales:
+        assert group["lr"] == pytest.approx(1e-2 * float(group["params"][0].detach().mean()))
+    assert [group["lr"] for group in groups if group["floor"] is None] == [1e-3, 1e-3]
+    impls = [module for module in quant_model.modules() if isinstance(module, ParameterFromRuntimeStatsScaling)]
+    before = [impl.value.clone() for impl in impls]
+    _distiller(tiny_vit, quant_model, scale_learning_rate=0.0).train_epoch([images], _generator())
+    assert all(torch.equal(old, impl.value) for old, impl in zip(before, impls, strict=True))
+    _distiller(tiny_vit, quant_model, scale_learning_rate=1e-3).train_epoch([images], _generator())
+    moved = [not torch.equal(old, impl.value) for old, impl in zip(before, impls, strict=True)]
+    assert sum(moved) > len(moved) // 2
+
+
+def test_scales_stay_positive(tiny_vit, quant_model, images):
+    distiller = _distiller(tiny_vit, quant_model, scale_learning_rate=5.0)
+    distiller.train_epoch(images.split(2), _generator())
+    for group in distiller.optimizer.param_groups:
+        if group["floor"] is not None:
+            assert group["floor"] > 0
+            assert float(group["params"][0].detach().min()) >= 0.999 * group["floor"]
+
+
+def test_rate_falls_along_a_cosine(tiny_vit, quant_model, images):
+    distiller = _distiller(tiny_vit, quant_model, total_steps=3)
+    rates = []
+    distiller.train_epoch(
+        images[:6].split(2), _generator(), on_step=lambda _: rates.append(distiller.optimizer.param_groups[0]["lr"])
+    )
+    assert rates == pytest.approx([1e-3, (1e-3 + 1e-5) / 2, 1e-5])
+
+
+def test_foreign_state_is_put_back(tiny_vit, quant_model, images):
+    quant_model.train()
+    next(quant_model.parameters()).requires_grad_(False)
+    modes = [module.training for module in quant_model.modules()]
+    flags = [parameter.requires_grad for parameter in quant_model.parameters()]
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    distiller = _distiller(tiny_vit, quant_model, augment="published")
+    distiller.train_epoch([images], _generator())
+
+    def broken():
+        yield images
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distiller.train_epoch(broken(), _generator())
+    assert modes == [module.training for module in quant_model.modules()]
+    assert flags == [parameter.requires_grad for parameter in quant_model.parameters()]
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in quant_model.modules())
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tiny_vit, quant_model, images):
+    broken = images.clone()
+    broken[0] = float("nan")
+    distiller = _distiller(tiny_vit, quant_model)
+    losses = distiller.train_epoch([images, broken], _generator())
+    assert losses.skipped == 1
+    assert all(torch.isfinite(parameter).all() for parameter in quant_model.parameters())
+    with pytest.raises(TuningError, match="None of the 1 steps.*Lower learning_rate"):
+        distiller.train_epoch([broken], _generator())
+
+
+def test_an_uncalibrated_scale_is_refused(quant_model):
+    impl = next(module for module in quant_model.modules() if isinstance(module, ParameterFromRuntimeStatsScaling))
+    impl.value.data.fill_(-1.0)
+    with pytest.raises(TuningError, match="not positive and finite. Calibrate"):
+        parameter_groups(quant_model, DistillConfig())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_state_goes_on_bit_for_bit(tiny_vit, quant_model, images, optimizer):
+    config = dict(augment="light", optimizer=optimizer, scale_learning_rate=1e-4)
+    distiller = _distiller_with(tiny_vit, quant_model, config)
+    distiller.train_epoch(images.split(4), _generator())
+    state = {name: value.clone() for name, value in quant_model.state_dict().items()}
+    tensors, plain = distiller.state()
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    distiller.train_epoch(images.split(4), _generator())
+    expected = {name: value.clone() for name, value in quant_model.state_dict().items()}
+
+    quant_model.load_state_dict(state)
+    again = _distiller_with(tiny_vit, quant_model, config)
+    again.load_state(tensors, plain)
+    again.train_epoch(images.split(4), _generator())
+    assert all(torch.equal(expected[name], value) for name, value in quant_model.state_dict().items())
+
+
+def _distiller_with(tiny_vit: nn.Module, quant_model: nn.Module, config: dict) -> Distiller:
+    return Distiller(
+        quant_model, float_snapshot(tiny_vit), DistillConfig(**config), prefix=1, total_steps=8
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "light", "published"])
+def test_augmentation_is_seeded_and_keeps_the_shape(images, kind):
+    first = augment(images, kind, _generator())
+    assert first.shape == images.shape
+    assert torch.equal(first, augment(images, kind, _generator()))
+    assert torch.equal(first, images) == (kind == "none")
+
+
+def test_bfloat16_is_close_to_float32(tiny_vit, quant_model, images):
+    exact = _distiller(tiny_vit, quant_model).validation_loss([images]).total
+    rounded = _distiller(tiny_vit, quant_model, precision="bfloat16")
+    assert rounded.validation_loss([images]).total == pytest.approx(exact, rel=0.3)
+    assert rounded.train_epoch([images], _generator()).skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(epochs=0), "epochs: expected a whole number >= 1"),
+        (dict(refresh_every=0), "refresh_every: expected a whole number"),
+        (dict(refresh_share=0.0), "refresh_share: expected a share"),
+        (dict(temperature=0.0), "temperature: expected a positive number"),
+        (dict(learning_rate=1e-6, final_learning_rate=1e-5), "final_learning_rate: expected at most"),
+        (dict(momentum=1.0), "momentum: expected a number in"),
+        (dict(max_gradient_norm=0.0), "max_gradient_norm: expected a positive number or None"),
+        (dict(distance_weight=-1.0), "distance_weight: expected a number >= 0"),
+        (dict(optimizer="lion"), "optimizer: expected one of adamw, sgd"),
+    ],
+)
+def test_configuration_is_checked(values, message):
+    with pytest.raises(ConfigurationError, match=message):
+        DistillConfig(**values)
+
+
+def test_published_values():
+    config = DistillConfig.published()
+    assert (config.optimizer, config.momentum, config.learning_rate, config.final_learning_rate) == ("sgd", 0.9, 1e-3, 1e-5)
+    assert (config.epochs, config.refresh_every, config.refresh_start, config.batch_size) == (100, 30, "noise", 16)
+    assert (config.temperature, config.distance_weight, config.max_gradient_norm) == (5.0, 10.0, None)
