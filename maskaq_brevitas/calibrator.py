@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,7 +28,7 @@ from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
 from maskaq_brevitas.synthesis.pool import SyntheticImages, balanced_labels
 from maskaq_brevitas.synthesis.synthesizer import masked_alignment, synthesize
-from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, reset_calibration
+from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration
 from maskaq_brevitas.tuning.checkpoint import TuningProgress, load_progress, save_progress
 from maskaq_brevitas.tuning.distill import Distiller, Losses, OptimizerFactory
 from maskaq_brevitas.tuning.ranges import search_ranges
@@ -170,7 +169,8 @@ class DataFreeCalibrator(DataLoader):
             self._load_pools()
             self._drop_batches(self.pool.version)
             return self.pool
-        with self._stage("synthesis"):
+        # Calibration loops iterate under no_grad or in inference mode, whose tensors could not be differentiated.
+        with torch.inference_mode(False), torch.no_grad(), self._stage("synthesis"):
             quant_snapshot = self._coupled_snapshot()
             self._make_images(1, quant_snapshot, self.synthesis.steps, None, "Synthesising images")
         return self.pool
@@ -197,7 +197,7 @@ class DataFreeCalibrator(DataLoader):
 
         Args:
             tuning: ``None`` means that of the constructor; if that is ``None`` too, nothing is tuned.
-            optimizer: builds another optimiser than ``tuning.optimizer`` from parameter groups (``torch.optim.RMSprop``).
+            optimizer: builds another optimiser than ``tuning.optimizer``, for example ``torch.optim.RMSprop``.
 
         Raises:
             ConfigurationError: if the constructor was given another tuning.
@@ -264,13 +264,14 @@ class DataFreeCalibrator(DataLoader):
             steps = self.synthesis.steps if start == "noise" else max(1, self.synthesis.steps // 4)
         count = max(1, round(share * len(self.pool)))
         version = self.pool.version + 1
-        with self._stage(f"refresh {version}"):
+        with torch.inference_mode(False), torch.no_grad(), self._stage(f"refresh {version}"):
             snapshot = frozen_snapshot(self._quant_model)
             entry = dict(event="refresh", version=version, images=count, steps=steps, start=start)
             entry = self._begin_refresh(entry, snapshot)
             first = (version - 2) * count % len(self.pool)
             indices = (torch.arange(count) + first) % len(self.pool)
-            self._make_images(version, snapshot, steps, indices, f"Refreshing images ({version})", warm=start == "images")
+            title = f"Refreshing images ({version})"
+            self._make_images(version, snapshot, steps, indices, title, warm=start == "images")
             return self._end_refresh(entry, snapshot)
 
     def epochs(self, count: int, *, refresh_every: int | None = None, **refresh: Any) -> Iterator[int]:
@@ -425,8 +426,7 @@ class DataFreeCalibrator(DataLoader):
         """A snapshot calibrated on ``batches``, with the quant model left as it was.
 
         Brevitas ignores a second calibration, so a model that was given must stay uncalibrated; and a resumed run, which
-        skips this, must start its calibration from the same bytes. (A deep copy will not do: Brevitas' MSE search of the
-        copy calls the original.)
+        skips this, must start its calibration from the same bytes.
         """
         if self._owns_quant_model:
             with warnings.catch_warnings():
@@ -434,19 +434,8 @@ class DataFreeCalibrator(DataLoader):
                 quant_model = swap_layers(self.float_model, self.scheme, self.overrides)[0].to(self.device)
             self._calibrated(quant_model, batches)
             return frozen_snapshot(quant_model)
-        fresh = [
-            module
-            for module in self._quant_model.modules()
-            if isinstance(module, ParameterFromStatsFromParameterScaling) and not module.init_done
-        ]
-        try:
-            calibrate(self._quant_model, batches)
-            return frozen_snapshot(self._quant_model)
-        finally:
-            reset_calibration(self._quant_model)
-            for module in fresh:
-                module.init_done = False
-                module.value.data.fill_(1.0)
+        with provisional_calibration(self._quant_model, batches) as quant_model:
+            return frozen_snapshot(quant_model)
 
     def _float_snapshot(self) -> nn.Module:
         return float_snapshot(self.float_model).to(self.device)

@@ -92,7 +92,7 @@ def read_saved(path: Path) -> argparse.Namespace:
 
 def to_yaml(options: argparse.Namespace) -> str:
     """Resolved options of ``quantize`` as YAML, to be given back through ``--config``."""
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"model": options.model}
     for name, value in vars(options).items():
         if name in _NOT_SAVED:
             continue

@@ -69,7 +69,8 @@ class _FrozenLayer(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.input_quant = _fake_quantize(layer.input_quant)
-        self.register_buffer("weight", layer.quant_weight().value.detach().clone())
+        weight = layer.quant_weight() if layer.weight_quant.is_quant_enabled else layer.weight
+        self.register_buffer("weight", getattr(weight, "value", weight).detach().clone())
         self.bias = layer.bias
         self.is_linear = isinstance(layer, nn.Linear)
         if not self.is_linear:
@@ -108,7 +109,7 @@ def frozen_snapshot(quant_model: nn.Module) -> nn.Module:
                 continue
             parent, _, child = name.rpartition(".")
             setattr(snapshot.get_submodule(parent), child, frozen)
-    return snapshot
+    return snapshot.eval()
 
 
 def float_snapshot(float_model: nn.Module) -> nn.Module:
@@ -117,7 +118,7 @@ def float_snapshot(float_model: nn.Module) -> nn.Module:
     for name, module in attention_modules(snapshot).items():
         parent, _, child = name.rpartition(".")
         setattr(snapshot.get_submodule(parent), child, explicit_form(module))
-    return snapshot
+    return snapshot.eval()
 
 
 def _fake_quantize(proxy: ActQuantProxyFromInjectorBase) -> nn.Module:

@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantLinear
 from timm.layers import Mlp
@@ -156,7 +158,7 @@ def swap_layers(
 
 def _quantized_layer(layer: nn.Module, bits: LayerBits, kind: ValueKind, scheme: Scheme) -> nn.Module:
     """The Brevitas twin of a Linear or Conv2d; it takes over the parameters of ``layer``."""
-    quantizers = dict(
+    quantizers: dict[str, Any] = dict(
         weight_quant=weight_quantizer(bits.weight, scheme),
         input_quant=activation_quantizer(kind, bits.activation, scheme),
         bias_quant=None,
@@ -165,13 +167,16 @@ def _quantized_layer(layer: nn.Module, bits: LayerBits, kind: ValueKind, scheme:
         device=layer.weight.device,
         dtype=layer.weight.dtype,
     )
-    if isinstance(layer, nn.Linear):
-        twin: nn.Module = QuantLinear(layer.in_features, layer.out_features, **quantizers)
-    else:
-        twin = QuantConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
-            dilation=layer.dilation, groups=layer.groups, padding_mode=layer.padding_mode, **quantizers,
-        )  # fmt: skip
+    # The constructors draw weights, which are thrown away: the caller's random state must not notice.
+    device = layer.weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if isinstance(layer, nn.Linear):
+            twin: nn.Module = QuantLinear(layer.in_features, layer.out_features, **quantizers)
+        else:
+            twin = QuantConv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
+                dilation=layer.dilation, groups=layer.groups, padding_mode=layer.padding_mode, **quantizers,
+            )  # fmt: skip
     twin.weight = layer.weight
     if layer.bias is not None:
         twin.bias = layer.bias

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,8 @@ from maskaq_brevitas.models.families import is_attention
 from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.snapshot import float_snapshot
 
-__all__ = ["Cost", "PlaceFigures", "QuantizerFigures", "measure_cost", "measure_places", "multiply_accumulates", "sqnr"]
+__all__ = ["Cost", "PlaceFigures", "QuantizerFigures", "evaluation_mode", "measure_cost", "measure_places",
+           "multiply_accumulates", "sqnr"]  # fmt: skip
 
 _FLOAT_BITS = 32
 
@@ -95,6 +97,21 @@ def sqnr(signal_power: float, error_power: float) -> float:
     return 10 * math.log10(signal_power / error_power) if signal_power > 0 else -math.inf
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode; afterwards every module has its own flag back.
+
+    Asking a Brevitas proxy for its scale changes flags too: quantizers share some of their stateless parts.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def multiply_accumulates(float_model: nn.Module) -> dict[str, int]:
     """MACs for one image by module name, its children included; ``""`` is the whole model.
@@ -132,7 +149,7 @@ def measure_places(quant_model: nn.Module, batches: Iterable[Tensor], macs: dict
     quantizer inside the quantized model, over all of ``batches``.
 
     Args:
-        quant_model: calibrated, with Brevitas quantizers; it is left as it was.
+        quant_model: calibrated, with Brevitas quantizers, in evaluation mode.
         batches: normalised images, ``(batch, channels, height, width)`` each; none leaves activations unmeasured.
         macs: from :func:`multiply_accumulates`.
     """
@@ -188,20 +205,16 @@ def _activation_powers(quant_model: nn.Module, proxies: dict[str, nn.Module], ba
 
         return hook
 
-    training = {module: module.training for module in quant_model.modules()}
     handles = []
     try:
         for name, proxy in proxies.items():
             if proxy.is_quant_enabled:
                 handles.append(proxy.register_forward_hook(note(name)))
-        quant_model.eval()
         for images in batches:
             quant_model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return powers
 
 

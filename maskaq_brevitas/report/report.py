@@ -19,6 +19,7 @@ from maskaq_brevitas.report.figures import (
     Cost,
     PlaceFigures,
     QuantizerFigures,
+    evaluation_mode,
     measure_cost,
     measure_places,
     multiply_accumulates,
@@ -182,23 +183,25 @@ def make_report(
     pool = calibrator.ensure_images()
     measured = calibrator.held_back or pool
     macs = multiply_accumulates(calibrator.float_model)
-    places = measure_places(calibrator.quant_model, list(_batches(calibrator, measured)), macs)
-    try:
-        quantized: nn.Module = calibrator.freeze()
-    except ModelError:  # a quant model of the user's with quantizers that cannot be frozen
-        quantized = calibrator.quant_model
     floating = float_snapshot(calibrator.float_model).to(calibrator.device)
     pools = {"synthetic": pool, "held-back synthetic": calibrator.held_back}
-    agreement = {
-        name: _agreement(floating, quantized, _batches(calibrator, images))
-        for name, images in pools.items()
-        if images is not None
-    }
+    with evaluation_mode(calibrator.quant_model):
+        places = measure_places(calibrator.quant_model, _batches(calibrator, measured), macs)
+        cost = measure_cost(calibrator.float_model, calibrator.quant_model, places, macs)
+        try:
+            quantized: nn.Module = calibrator.freeze()
+        except ModelError:  # a quant model of the user's with quantizers that cannot be frozen
+            quantized = calibrator.quant_model
+        agreement = {
+            name: _agreement(floating, quantized, _batches(calibrator, images))
+            for name, images in pools.items()
+            if images is not None
+        }
     check = None if qonnx_check is None else dataclasses.asdict(qonnx_check)
     return Report(
         title=title or f"{type(calibrator.float_model).__name__}, {calibrator.scheme.name}",
         places=tuple(places),
-        cost=measure_cost(calibrator.float_model, calibrator.quant_model, places, macs),
+        cost=cost,
         agreement=agreement,
         accuracy=tuple(rows or ()),
         details={
@@ -226,13 +229,7 @@ def _batches(calibrator: DataFreeCalibrator, pool: SyntheticImages) -> Iterator[
 
 
 def _agreement(floating: nn.Module, quantized: nn.Module, batches: Iterable[Tensor]) -> float:
-    training = {module: module.training for module in quantized.modules()}
-    try:
-        quantized.eval()
-        equal = [floating(images).argmax(-1) == quantized(images).argmax(-1) for images in batches]
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    equal = [floating(images).argmax(-1) == quantized(images).argmax(-1) for images in batches]
     return float(torch.cat(equal).double().mean())
 
 

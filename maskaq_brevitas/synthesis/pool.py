@@ -81,7 +81,8 @@ class SyntheticImages(Dataset):
     def save(self, path: str | Path) -> None:
         """Write the pool as safetensors; the file appears under its name only when whole."""
         tensors = {"pixels": self.pixels, "labels": self.labels, "informative": self.informative}
-        metadata = {"version": str(self.version), "format": "maskaq_brevitas.pool.1"}
+        # One key only: safetensors writes several in random order, and the same pool must give the same bytes.
+        metadata = {"version": str(self.version)}
         write_whole(Path(path), lambda aside: save_file(tensors, aside, metadata=metadata))
 
     def load(self, path: str | Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import cos, pi
 
 import torch
@@ -39,6 +39,7 @@ class SynthesizedBatch:
     redrawn: int = 0
 
 
+@torch.enable_grad()  # calibration loops iterate under no_grad
 def synthesize(
     float_snapshot: nn.Module,
     quant_snapshot: nn.Module | None,
@@ -56,7 +57,7 @@ def synthesize(
 
     Minimises ``L_S`` of METHOD.md, section 2, over the image alone. Both networks must be frozen snapshots
     (:mod:`maskaq_brevitas.quant.snapshot`) on one device. An image whose objective or gradient is not finite is drawn
-    again and counted.
+    again, gets a full run of its own, and is counted.
 
     Args:
         float_snapshot: P, with explicit attention.
@@ -111,10 +112,20 @@ def synthesize(
             if step in (0, steps - 1) or on_step is not None:
                 mean = float(objective.detach()[~broken].mean()) if not broken.all() else float("nan")
                 if step in (0, steps - 1):
-                    _note(batch.trace, mean, {name: term for name, (_, term) in terms.items()})
+                    _note(batch.trace, mean, {name: term[~broken] for name, (_, term) in terms.items()})
                 if on_step is not None:
                     on_step(step + 1, mean)
         images = parameter.images().detach()
+        again = draws > 0
+        if again.any():
+            # What is left of this run is too short for them, and after its last step nothing would check them.
+            left = replace(config, max_redraws=config.max_redraws - int(draws.max()))
+            repeated = synthesize(
+                float_snapshot, quant_snapshot, geometry, labels[again.to(device)], left, generator=spare, steps=steps,
+                learning_rate=learning_rate,
+            )  # fmt: skip
+            images[again.to(device)] = repeated.images.to(device)
+            batch.redrawn += repeated.redrawn
         with torch.no_grad(), _autocast(config, device):
             float_snapshot(images)
         received = masks.received_attention(
@@ -281,7 +292,7 @@ def _redraw(
     if int(draws.max()) > config.max_redraws:
         raise SynthesisError(
             f"The objective of {int((draws > config.max_redraws).sum())} image(s) is not finite after "
-            f"{config.max_redraws} new draws. The float or the quantized model gives NaN or infinity: check its weights, "
+            "as many new draws as max_redraws allows. The float or the quantized model gives NaN or infinity: check its weights, "
             "or raise max_redraws."
         )
     fresh = draw_start(config.init, (int(broken.sum()), *shape[1:]), parameter.high - parameter.low, generator)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from maskaq_brevitas.errors import InputError, ModelError
 
-__all__ = ["calibrate", "is_calibrated", "reset_calibration"]
+__all__ = ["calibrate", "is_calibrated", "provisional_calibration", "reset_calibration"]
 
 
 def is_calibrated(quant_model: nn.Module) -> bool:
@@ -69,6 +70,42 @@ def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def provisional_calibration(quant_model: nn.Module, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
+    """A context in which ``quant_model`` is calibrated on ``batches``; afterwards its quantizers are as they were.
+
+    Also in the middle of someone else's ``calibration_mode``, which keeps its statistics and goes on. (A deep copy would
+    not do: Brevitas' MSE search of the copy calls the original.)
+
+    Raises:
+        InputError, ModelError: as :func:`calibrate` does.
+    """
+    plain = (bool, int, float, type(None))
+    flags = {
+        module: {name: value for name, value in vars(module).items() if isinstance(value, plain)}
+        for module in quant_model.modules()
+    }
+    tensors = [
+        (tensor, tensor.detach().clone())
+        for module in quant_model.modules()
+        if type(module).__module__.startswith("brevitas.core")
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
+    try:
+        for module in quant_model.modules():
+            for switch in ("disable_quant", "observer_only"):
+                if switch in vars(module):
+                    setattr(module, switch, False)
+        quant_model.eval()
+        calibrate(quant_model, batches)
+        yield quant_model
+    finally:
+        for module, values in flags.items():
+            vars(module).update(values)
+        for tensor, before in tensors:
+            tensor.data.copy_(before)
 
 
 def _unreached(quant_model: nn.Module) -> list[str]:

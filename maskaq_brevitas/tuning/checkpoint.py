@@ -60,8 +60,10 @@ def save_progress(
         run.remove(before)
 
 
-def load_progress(run: RunDirectory) -> tuple[TuningProgress, dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
-    """The last checkpoint: progress, state of the quant model, and the optimiser's tensors and values; None without one.
+def load_progress(
+    run: RunDirectory,
+) -> tuple[TuningProgress, dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
+    """The last checkpoint, None without one: progress, state of the quant model, the optimiser's tensors and values.
 
     Raises:
         RunDirectoryError: if the checkpoint is damaged.

@@ -250,7 +250,9 @@ def parameter_groups(quant_model: nn.Module, config: DistillConfig) -> list[dict
             fixed.add(id(module.value))
     others = [parameter for parameter in quant_model.parameters() if id(parameter) not in {*scales, *fixed}]
     groups: list[dict[str, Any]] = []
-    for chosen, decay in (([p for p in others if p.ndim > 1], config.weight_decay), ([p for p in others if p.ndim < 2], 0.0)):
+    matrices = [parameter for parameter in others if parameter.ndim > 1]
+    vectors = [parameter for parameter in others if parameter.ndim < 2]
+    for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
         if chosen:
             groups.append(dict(
                 params=chosen, lr=config.learning_rate, first_lr=config.learning_rate, weight_decay=decay, floor=None

@@ -66,10 +66,11 @@ def _best_factor(values: Tensor, weight: Tensor | None, proxy: ActQuantProxyFrom
     low, high = (-levels // 2, levels // 2 - 1) if proxy.is_signed else (0, levels - 1)
     if proxy.is_narrow_range:
         low, high = (low + 1, high) if proxy.is_signed else (low, high - 1)
+    calibrated = proxy.scale()
     best, best_error = 1.0, float("inf")
     for index in range(_CANDIDATES):
         factor = _LOWEST ** (index / (_CANDIDATES - 1))
-        scale = proxy.scale() * factor
+        scale = calibrated * factor
         error = (values / scale).round_().clamp_(low, high).mul_(scale).sub_(values)
         if weight is not None:
             error = error @ weight.T

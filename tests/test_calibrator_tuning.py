@@ -1,0 +1,303 @@
+"""quantize(tuning=...), refresh and resume: what they record, what they keep, and that they end with the same bytes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from maskaq_brevitas.calibrator import DataFreeCalibrator
+from maskaq_brevitas.config import DistillConfig, SynthesisConfig, resolve_scheme
+from maskaq_brevitas.errors import ConfigurationError, RunDirectoryError
+from maskaq_brevitas.models.zoo import load_model
+from maskaq_brevitas.quant.swap import swap_layers
+from maskaq_brevitas.run_directory import RunDirectory
+from maskaq_brevitas.synthesis.pool import SyntheticImages
+from maskaq_brevitas.tuning.calibrate import is_calibrated
+
+TUNING = DistillConfig(epochs=3, refresh_every=1, refresh_steps=1, batch_size=4, learning_rate=1e-4)
+RESULTS = ("images.safetensors", "held_back.safetensors", "quant_model.safetensors")
+
+
+def make_calibrator(model: nn.Module, **changes) -> DataFreeCalibrator:
+    """A calibrator of the smallest budget; equalisation is on, because it is what a resumed run must not repeat."""
+    scheme = replace(resolve_scheme("w4a4"), weight_range="minmax", activation_range="minmax")
+    options = dict(
+        scheme=scheme, num_images=6, held_back=2, batch_size=4, seed=0, progress=False,
+        synthesis=SynthesisConfig(steps=2, warmup_steps=1, batch_size=4),
+    )  # fmt: skip
+    return DataFreeCalibrator(model, **{**options, **changes})
+
+
+def _results(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in RESULTS}
+
+
+@pytest.fixture
+def states(tiny_vit, tmp_path, monkeypatch) -> tuple[dict[str, bytes], list[Path]]:
+    """Results of an uninterrupted run, and what a kill before each of its writes would leave on disk."""
+    run, copies = tmp_path / "whole", []
+
+    def copy_first(function):
+        def wrapped(*args):
+            copies.append(tmp_path / f"killed-{len(copies):02d}")
+            shutil.copytree(run, copies[-1])
+            return function(*args)
+
+        return wrapped
+
+    calibrator = make_calibrator(tiny_vit, run_dir=run)
+    with monkeypatch.context() as patch:
+        patch.setattr("maskaq_brevitas.run_directory.write_whole", copy_first(_write_whole()))
+        patch.setattr(SyntheticImages, "save", copy_first(SyntheticImages.save))
+        calibrator.quantize(TUNING)
+    return _results(run), copies
+
+
+def _write_whole():
+    from maskaq_brevitas import run_directory
+
+    return run_directory.write_whole
+
+
+@pytest.mark.heavy
+def test_a_run_killed_before_any_write_ends_with_the_same_bytes(states, tiny_vit):
+    expected, copies = states
+    assert len(copies) > 20
+    for copy in copies:
+        calibrator = make_calibrator(tiny_vit, run_dir=copy, run_mode="resume")
+        calibrator.quantize(TUNING)
+        assert _results(copy) == expected, copy
+        assert [entry["version"] for entry in calibrator.refreshes] == [2, 3], copy
+        assert [entry["epoch"] for entry in calibrator.history if entry["event"] == "epoch"] == [1, 2, 3], copy
+        assert not list((copy / "state").glob("images-*")), copy
+
+
+@pytest.mark.heavy
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, two_threads):
+    whole = make_calibrator(load_model("digits_vit"), run_dir=tmp_path / "whole")
+    whole.quantize(TUNING)
+    run = tmp_path / "killed"
+    places = (
+        "state/images-1-0001", "state/tuning-0001", "state/images-2-0000", "images.safetensors", "state/tuning-0002",
+    )  # fmt: skip
+    for place in places:
+        command = [sys.executable, "-W", "ignore", __file__, str(run), place]
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert child.returncode == -signal.SIGKILL, child.stderr
+    make_calibrator(load_model("digits_vit"), run_dir=run, run_mode="resume").quantize(TUNING)
+    assert _results(run) == _results(tmp_path / "whole")
+
+
+def test_an_error_in_the_middle_of_a_refresh_leaves_the_pool_whole(tiny_vit, tmp_path, monkeypatch):
+    whole = make_calibrator(tiny_vit, run_dir=tmp_path / "whole")
+    whole.quantize(TUNING)
+    calibrator = make_calibrator(tiny_vit, run_dir=tmp_path / "run")
+    calibrator.ensure_images()
+    before = calibrator.pool.pixels.clone()
+    write = RunDirectory.write_tensors
+
+    def fail(self, name, tensors):
+        if name == "state/images-2-0001.safetensors":
+            raise KeyboardInterrupt
+        write(self, name, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_tensors", fail)
+        with pytest.raises(KeyboardInterrupt):
+            calibrator.quantize(TUNING)
+    assert calibrator.version == 1
+    assert torch.equal(calibrator.pool.pixels, before)
+    make_calibrator(tiny_vit, run_dir=tmp_path / "run", run_mode="resume").quantize(TUNING)
+    assert _results(tmp_path / "run") == _results(tmp_path / "whole")
+
+
+def test_same_seed_gives_the_same_images_and_another_seed_others(tiny_vit):
+    first, again, other = (make_calibrator(tiny_vit, seed=seed).ensure_images() for seed in (0, 0, 1))
+    assert first.pixels.numpy().tobytes() == again.pixels.numpy().tobytes()
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.pixels, other.pixels)
+
+
+def test_the_best_held_back_state_is_kept(tiny_vit):
+    calibrator = make_calibrator(tiny_vit)
+    # A rate that destroys the model: the calibrated state must win.
+    tuning = replace(TUNING, refresh_every=None, learning_rate=1.0, max_gradient_norm=None, epochs=2)
+    calibrator.quantize(tuning)
+    losses = [entry["held_back_loss"] for entry in calibrator.history]
+    assert calibrator.best_epoch == 0
+    assert min(losses) == losses[0]
+    reference = make_calibrator(tiny_vit)
+    reference.calibrate()
+    expected = reference.quant_model.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in calibrator.quant_model.state_dict().items())
+
+
+def test_without_held_back_images_the_last_state_is_kept(tiny_vit):
+    calibrator = make_calibrator(tiny_vit, held_back=0)
+    calibrator.quantize(replace(TUNING, refresh_every=None))
+    assert calibrator.best_epoch == TUNING.epochs
+    assert [entry["held_back_loss"] for entry in calibrator.history] == [None] * 4
+
+
+def test_history_and_stages_tell_what_happened(tiny_vit):
+    calibrator = make_calibrator(tiny_vit, tuning=replace(TUNING, refresh_every=2))
+    calibrator.quantize()
+    assert [entry["event"] for entry in calibrator.history] == ["calibration", "epoch", "epoch", "refresh", "epoch"]
+    assert [entry["pool_version"] for entry in calibrator.history if "pool_version" in entry] == [1, 1, 1, 2]
+    (refresh,) = calibrator.refreshes
+    assert (refresh["version"], refresh["images"], refresh["steps"], refresh["start"]) == (2, 6, 1, "images")
+    assert refresh["alignment_before"] > 0
+    names = [entry["stage"] for entry in calibrator.stages]
+    assert names == ["synthesis", "calibration", "refresh 2", "tuning, its refreshes included"]
+
+
+def test_a_factory_gives_the_optimiser(tiny_vit):
+    built = []
+
+    def optimizer(groups):
+        built.append(torch.optim.RAdam(groups))
+        return built[0]
+
+    make_calibrator(tiny_vit).quantize(replace(TUNING, epochs=1), optimizer=optimizer)
+    assert len(built) == 1
+
+
+def test_another_tuning_is_refused_with_the_differing_keys(tiny_vit, tmp_path):
+    tuning = replace(TUNING, epochs=1)
+    make_calibrator(tiny_vit, run_dir=tmp_path / "given").quantize(tuning)
+    with pytest.raises(RunDirectoryError, match="tuning.json.*temperature: 5.0 -> 4.0"):
+        resumed = make_calibrator(tiny_vit, run_dir=tmp_path / "given", run_mode="resume")
+        resumed.quantize(replace(tuning, temperature=4.0))
+    make_calibrator(tiny_vit, run_dir=tmp_path / "built", tuning=tuning)
+    with pytest.raises(RunDirectoryError, match=r"tuning\.epochs: 1 -> 2"):
+        make_calibrator(tiny_vit, run_dir=tmp_path / "built", run_mode="resume", tuning=replace(tuning, epochs=2))
+    with pytest.raises(ConfigurationError, match="another tuning than the constructor"):
+        make_calibrator(tiny_vit, tuning=tuning).quantize(TUNING)
+
+
+def test_a_checkpoint_of_other_images_is_refused(tiny_vit, tmp_path):
+    run = tmp_path / "run"
+    calibrator = make_calibrator(tiny_vit, run_dir=run)
+    calibrator.quantize(replace(TUNING, epochs=2, refresh_every=1))
+    calibrator.refresh()
+    calibrator.refresh()
+    note = calibrator.run.read_json("state/tuning.json")
+    calibrator.run.write_json("state/tuning.json", {**note, "epochs": 1, "pool_version": 1})
+    with pytest.raises(RunDirectoryError, match="images are of version 4, but the checkpoint.*version 1"):
+        make_calibrator(tiny_vit, run_dir=run, run_mode="resume").quantize(replace(TUNING, epochs=2, refresh_every=1))
+
+
+def test_a_given_model_stays_uncalibrated_until_its_owner_calibrates(tiny_vit):
+    given, _ = swap_layers(tiny_vit, "w4a4")
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    calibrator = make_calibrator(tiny_vit, quant_model=given)
+    calibrator.ensure_images()
+    assert not is_calibrated(given)
+    after = given.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+
+
+# -- refresh ----------------------------------------------------------------------------------------------------
+
+
+def test_a_refresh_brings_the_attention_closer():
+    """With the alignment term alone, the masked distance must fall against a quant model that has moved."""
+    synthesis = SynthesisConfig(
+        steps=10, warmup_steps=2, batch_size=4, head_weight=0, class_weight=0, tv_weight=0, entropy_weight=0,
+        align_weight=1.0, jitter=0, late_jitter=0, colour_shift=0, colour_scale=0,
+    )  # fmt: skip
+    calibrator = make_calibrator(load_model("digits_vit"), synthesis=synthesis, num_images=4)
+    calibrator.calibrate()
+    entry = calibrator.refresh(steps=10)
+    assert entry["alignment_after"] < entry["alignment_before"]
+    assert calibrator.refreshes == [entry]
+
+
+def test_a_share_replaces_the_oldest_images_and_keeps_the_labels(tiny_vit):
+    calibrator = make_calibrator(tiny_vit)
+    calibrator.calibrate()
+    labels = calibrator.pool.labels.clone()
+    for expected in ([0, 1], [2, 3], [4, 5], [0, 1]):
+        before = calibrator.pool.pixels.clone()
+        calibrator.refresh(share=1 / 3, steps=1)
+        changed = (before != calibrator.pool.pixels).flatten(1).any(dim=1)
+        assert changed.nonzero().flatten().tolist() == expected
+        assert torch.equal(calibrator.pool.labels, labels)
+    calibrator.refresh(start="noise", steps=1)
+    assert sorted(calibrator.pool.labels.tolist()) == sorted(labels.tolist())
+    assert calibrator.version == 6
+
+
+def test_a_refresh_is_warm_with_a_quarter_of_rate_and_steps(tiny_vit, monkeypatch):
+    from maskaq_brevitas import calibrator as module
+
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return module_synthesize(*args, **kwargs)
+
+    module_synthesize = module.synthesize
+    calibrator = make_calibrator(tiny_vit, synthesis=SynthesisConfig(steps=8, warmup_steps=1, batch_size=8))
+    calibrator.calibrate()
+    before = calibrator.pool.images()
+    monkeypatch.setattr(module, "synthesize", spy)
+    calibrator.refresh()
+    calibrator.refresh(start="noise", steps=1)
+    warm, cold = calls
+    assert torch.equal(warm["start"], before)
+    assert (warm["steps"], warm["learning_rate"]) == (2, 0.25 * calibrator.synthesis.learning_rate)
+    assert cold["start"] is None
+    assert (cold["steps"], cold["learning_rate"]) == (1, calibrator.synthesis.learning_rate)
+
+
+def test_batches_of_a_refresh_against_another_model_are_not_reused(tiny_vit, tmp_path):
+    calibrator = make_calibrator(tiny_vit, run_dir=tmp_path / "run")
+    calibrator.calibrate()
+    run = calibrator.run
+    shape = (4, 3, 32, 32)
+    run.write_tensors(
+        "state/images-2-0000.safetensors",
+        dict(images=torch.zeros(shape), informative=torch.zeros(4, 16, dtype=torch.bool), redrawn=torch.tensor(0)),
+    )
+    plan = dict(event="refresh", version=2, images=6, steps=1, start="images", quant_model="another")
+    run.write_json("state/refresh-2.json", {**plan, "alignment_before": 1.0})
+    entry = calibrator.refresh(steps=1)
+    assert entry["alignment_before"] != 1.0
+    assert calibrator.pool.pixels[:4].float().std() > 0
+
+
+def _main(run: str, place: str) -> None:
+    """The child of the kill test: resumes the run and kills itself right after the first write of a file."""
+    torch.set_num_threads(2)
+
+    def kill(name: str) -> None:
+        if name.startswith(place):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write_tensors, save = RunDirectory.write_tensors, SyntheticImages.save
+
+    def write_and_die(self, name, tensors):
+        write_tensors(self, name, tensors)
+        kill(name)
+
+    def save_and_die(self, path):
+        save(self, path)
+        if self.version > 1:
+            kill(Path(path).name)
+
+    RunDirectory.write_tensors = write_and_die
+    SyntheticImages.save = save_and_die
+    make_calibrator(load_model("digits_vit"), run_dir=run, run_mode="resume").quantize(TUNING)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,236 @@
+"""The console script, in process: main job, bad input, round trips, interruption."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from maskaq_brevitas import calibrator as calibrator_module
+from maskaq_brevitas import cli
+from maskaq_brevitas.config import DistillConfig, SynthesisConfig
+
+TINY = ["--images", "4", "--batch-size", "4", "--steps", "2", "--eval-limit", "20", "--quiet"]
+SHORT = [*TINY, "--no-export", "--no-baselines"]
+
+
+def quantize(out, *more, budget=SHORT):
+    return cli.main(["quantize", "digits_vit", "--scheme", "w4a4", *budget, "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """One CPU thread: these models are too small to gain from a second, and lose much where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A finished run without export and baselines."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert quantize(out) == 0
+    return out
+
+
+def _files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+@pytest.mark.heavy
+def test_the_main_job(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert quantize(out, budget=TINY) == 0
+    assert _files(out) == [
+        "config.yaml", "held_back.safetensors", "images.png", "images.safetensors", "model.onnx",
+        "quant_model.safetensors", "report.json", "report.md", "run.json",
+    ]  # fmt: skip
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    names = ["float", "calibrated on Gaussian noise", "calibrated on synthetic images",
+             "calibrated on real training images"]  # fmt: skip
+    for name in [*names, "size", "QONNX check"]:
+        assert f"\n{name} " in printed.out
+    report = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in report["accuracy"]] == names
+    assert [row["calibration_images"] for row in report["accuracy"]] == [None, 4, 4, 4]
+    assert report["accuracy"][0]["top1"] >= 90 and {row["images"] for row in report["accuracy"]} == {20}
+    assert report["qonnx"]["passed"] and report["qonnx"]["top1_agreement"] == 1
+
+    (out / "model.onnx").unlink()
+    assert cli.main(["export", str(out), "--batch", "dynamic"]) == 0
+    assert "passed: executed on 8 images" in capsys.readouterr().out
+    assert (out / "model.onnx").is_file()
+
+
+def test_evaluate_gives_the_figures_of_the_run(short_run, capsys):
+    assert cli.main(["evaluate", str(short_run), "--eval-limit", "20", "--quiet"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: float(line[1]) for line in lines if line and line[0] in ("float", "quantized")}
+    report = json.loads((short_run / "report.json").read_text())
+    assert rows == {"float": report["accuracy"][0]["top1"], "quantized": report["accuracy"][1]["top1"]}
+
+
+def test_config_round_trip_gives_the_same_bytes(short_run, tmp_path):
+    again = tmp_path / "again"
+    assert cli.main(["quantize", "--config", str(short_run / "config.yaml"), "--out", str(again), "--quiet"]) == 0
+    for name in ("images.safetensors", "held_back.safetensors", "quant_model.safetensors", "config.yaml"):
+        assert (again / name).read_bytes() == (short_run / name).read_bytes(), name
+    saved = yaml.safe_load((again / "config.yaml").read_text())
+    assert (saved["model"], saved["scheme"], saved["images"], saved["steps"]) == ("digits_vit", "w4a4", 4, 2)
+
+
+def test_resume_after_interruption_gives_the_same_bytes(short_run, tmp_path, monkeypatch, capsys):
+    out, calls = tmp_path / "run", []
+    original = calibrator_module.synthesize
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:  # the warm-up, the pool, then the held-back images
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(calibrator_module, "synthesize", interrupted)
+    assert quantize(out) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not (out / "images.safetensors").exists()
+    monkeypatch.setattr(calibrator_module, "synthesize", original)
+
+    assert quantize(out, "--resume", "--seed", "7") == 2
+    assert "cannot be resumed with this configuration. Differing: seed: 0 -> 7" in capsys.readouterr().err
+    assert quantize(out, "--resume") == 0
+    for name in ("images.safetensors", "held_back.safetensors", "quant_model.safetensors"):
+        assert (out / name).read_bytes() == (short_run / name).read_bytes(), name
+
+
+def test_another_run_is_refused_and_overwrite_replaces_it(short_run, tmp_path, capsys):
+    out = shutil.copytree(short_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert quantize(out, "--seed", "1") == 2
+    assert "holds a run already. Continue it with --resume, replace it with --overwrite" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert quantize(out, "--seed", "1", "--overwrite") == 0
+    assert (out / "images.safetensors").read_bytes() != before[out / "images.safetensors"]
+    assert json.loads((out / "run.json").read_text())["identity"]["seed"] == 1
+
+
+def test_overwrite_spares_a_folder_of_others(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert quantize(tmp_path, "--overwrite") == 2
+    assert "holds no run of this package, so nothing in it is overwritten" in capsys.readouterr().err
+    assert _files(tmp_path) == ["thesis.txt"]
+
+
+def _bad_inputs(folder):
+    """Arguments, and the message, of each kind of bad input; ``folder`` holds the files they need."""
+    convnet, other = folder / "convnet.safetensors", folder / "other.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), convnet)
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, other)
+    (folder / "unlabelled").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "unlabelled" / "a.png")
+    for name, label in (("outside", 10), ("broken", 1)):
+        (folder / name).mkdir()
+        Image.new("RGB", (32, 32)).save(folder / name / "a.png")
+        (folder / name / "labels.csv").write_text(f"file,label\na.png,{label}\n")
+    content = (folder / "broken" / "a.png").read_bytes()
+    (folder / "broken" / "a.png").write_bytes(content[: len(content) // 2])
+    for name, text in (("unknown", "imagess: 3"), ("nested", "synthesis: {tv_wait: 1}"), ("kind", "images: many"),
+                       ("damaged", "a: [")):  # fmt: skip
+        (folder / f"{name}.yaml").write_text(text)
+    return {
+        "model": (["digits_vitt"], "Expected 'digits_vit' or the name of a timm model, got 'digits_vitt'"),
+        "no model": ([], "Expected a MODEL, got none"),
+        "scheme": (["digits_vit", "--scheme", "w9a4"], "Unknown scheme 'w9a4'"),
+        "pattern": (["digits_vit", "--override", "block.*=w8a8"], "The layer pattern 'block.*' matches nothing"),
+        "override": (["digits_vit", "--override", "head"], "--override: expected PATTERN=wXaY"),
+        "override bits": (["digits_vit", "--override", "head=w1a8"], "Expected bit widths of the form wXaY"),
+        "images": (["digits_vit", "--images", "0"], "--images: expected a whole number >= 1, got 0"),
+        "steps": (["digits_vit", "--steps", "0"], "steps: expected a whole number >= 1, got 0"),
+        "batch": (["digits_vit", "--batch-size", "0"], "batch_size: expected a whole number >= 1, got 0"),
+        "limit": (["digits_vit", "--eval-limit", "0"], "--eval-limit: expected a whole number >= 1, got 0"),
+        "number": (["digits_vit", "--images", "x"], "argument --images: invalid int value: 'x'"),
+        "option": (["digits_vit", "--imagess", "3"], "unrecognized arguments: --imagess 3"),
+        "synthesis": (["digits_vit", "--synthesis.mask_end", "2"], "mask_end: expected a share in (0, 1], got 2.0"),
+        "device": (["digits_vit", "--device", "abacus"], "--device: expected a device of this machine, got 'abacus'"),
+        "both": (["digits_vit", "--overwrite", "--resume"], "Expected --overwrite or --resume, got both"),
+        "key": (["--config", str(folder / "unknown.yaml")], "unknown key 'imagess'. Did you mean 'images'?"),
+        "nested key": (["--config", str(folder / "nested.yaml")], "Did you mean 'synthesis.tv_weight'?"),
+        "kind": (["--config", str(folder / "kind.yaml")], "invalid int value: 'many'"),
+        "yaml": (["--config", str(folder / "damaged.yaml")], "Expected a YAML file of options, cannot read"),
+        "no yaml": (["--config", str(folder / "none.yaml")], "Expected a YAML file of options, cannot read"),
+        "convnet": (["test_resnet", "--checkpoint", str(convnet)], "it has no attention. Expected a Vision Transformer"),
+        "weights": (["digits_vit", "--checkpoint", str(other)], "Expected weights that fit 'digits_vit'"),
+        "no labels": (["digits_vit", "--eval-data", str(folder / "unlabelled")], "images without a label"),
+        "labels": (["digits_vit", "--eval-data", str(folder / "outside")], "Expected labels from 0 to 9"),
+        "broken": (["digits_vit", "--eval-data", str(folder / "broken")], "Expected an image, cannot decode"),
+        "calibration": (["digits_vit", "--calibration-data", str(folder / "none")], "Expected a folder of labelled"),
+    }
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for name, (arguments, message) in _bad_inputs(tmp_path / "given").items():
+        status = cli.main(["quantize", *arguments, "--quiet"])
+        error = capsys.readouterr().err
+        assert status == 2, name
+        assert error.startswith("maskaq: error: ") and error.count("\n") == 1, (name, error)
+        assert message in error, (name, error)
+        assert not list((tmp_path / "empty").iterdir()), name
+
+
+def test_a_missing_export_extra_is_named_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qonnx", None)
+    assert quantize(tmp_path / "run", budget=TINY) == 2
+    assert "pip install 'maskaq_brevitas[export]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_viz_extra_leaves_out_the_picture_only(short_run, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(short_run, tmp_path / "run", ignore=shutil.ignore_patterns("images.png", "report.*"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert quantize(out, "--resume") == 0  # the images are there: this only calibrates and reports
+    assert "images.png is left out. This needs the Python package 'matplotlib'" in capsys.readouterr().err
+    assert "images.png" not in _files(out) and "report.md" in _files(out)
+
+
+def test_runs_that_cannot_be_evaluated(short_run, tmp_path, capsys):
+    assert cli.main(["evaluate", str(tmp_path)]) == 2
+    assert "holds no run: expected a file run.json" in capsys.readouterr().err
+    (tmp_path / "run.json").write_bytes((short_run / "run.json").read_bytes())
+    assert cli.main(["export", str(tmp_path)]) == 2
+    assert "Expected a finished run" in capsys.readouterr().err
+
+
+def test_every_option_is_in_the_help_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quantize", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section, cls, short in (
+        ("synthesis", SynthesisConfig, ("steps", "batch_size")), ("tuning", DistillConfig, ("epochs", "refresh_every")),
+    ):  # fmt: skip
+        for key in set(cls.__dataclass_fields__) - set(short):
+            assert f"--{section}.{key} " in text
+    assert "--images N synthetic images (default: 64)" in text
+    assert f"--synthesis.tv_weight X coefficients of the five terms. (default: {SynthesisConfig.tv_weight})" in text
+
+
+def test_help_and_version_import_neither_torch_nor_brevitas():
+    code = (
+        "import sys; from maskaq_brevitas import cli\n"
+        "try: cli.main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'brevitas', 'timm', 'matplotlib', 'onnx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("maskaq_brevitas ")
