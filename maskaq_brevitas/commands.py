@@ -291,10 +291,13 @@ def _load_run(folder: str, saved: Namespace) -> DataFreeCalibrator:
 
 def _check_line(check: QonnxCheck) -> str:
     verdict = "passed" if check.passed else "FAILED"
-    return (
+    text = (
         f"{verdict}: executed on {check.images} images, largest difference of a logit {check.max_abs_difference:.2g} "
         f"(relative {check.relative_difference:.2g}), equal top-1 {check.top1_agreement:.0%}"
     )
+    if check.in_step_difference is not None and check.relative_difference > 10 * check.in_step_difference:
+        text += f"; rounding ties apart: relative {check.in_step_difference:.2g}"
+    return text
 
 
 def _print_result(report: Report, calibrator: DataFreeCalibrator, check: QonnxCheck | None, out: Path) -> None:

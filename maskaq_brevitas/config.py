@@ -448,7 +448,7 @@ def _check_at_least(name: str, value: Any, least: int) -> None:
 
 
 def _number(value: Any) -> float:
-    """``value`` if it is a finite number; NaN, which passes no comparison, for anything else (PyYAML reads 1e-4 as text)."""
+    """``value`` if it is a finite number; else NaN, which passes no comparison. (PyYAML reads 1e-4 as text.)"""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else math.nan
 

@@ -141,7 +141,8 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
     _add_evaluation_data(add, data, "test split")
     add("--calibration-data", group=data, metavar="DIR", help="real images, for a row to compare with: the same "
         "quantizers calibrated on them; digits_vit takes its training split")  # fmt: skip
-    add("--no-baselines", group=data, action="store_true", help="leave out the rows calibrated on noise and real images")
+    add("--no-baselines", group=data, action="store_true",
+        help="leave out the rows calibrated on noise and on real images")
     output = parser.add_argument_group("output")
     add("--out", group=output, metavar="DIR", help="folder of the run; default: runs/MODEL-SCHEME")
     add("--overwrite", group=output, action="store_true", help="replace the run that DIR holds")
@@ -172,8 +173,8 @@ def _add_export(parser: argparse.ArgumentParser, add: Callable[..., None]) -> No
 
 
 def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> None:
-    add("--eval-data", group=group, metavar="DIR", help="ImageFolder, or a folder with labels.csv (file,label); without "
-        f"it digits_vit takes its {split} and others are not evaluated")  # fmt: skip
+    add("--eval-data", group=group, metavar="DIR", help="ImageFolder, or a folder with labels.csv (file,label); "
+        f"without it digits_vit takes its {split} and others are not evaluated")  # fmt: skip
     add("--eval-limit", group=group, type=int, metavar="N", help="evaluate on N images, evenly spaced; default: all")
     add("--eval-batch-size", group=group, type=int, default=64, metavar="N", help="images per step of an evaluation")
 
@@ -231,7 +232,8 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"Expected a YAML file of options, cannot read '{path}': {_one_line(error)}.") from error
+        reason = _one_line(error)
+        raise ConfigurationError(f"Expected a YAML file of options, cannot read '{path}': {reason}.") from error
     if not isinstance(content, Mapping):
         raise ConfigurationError(f"{path}: expected options as 'key: value', got {type(content).__name__}.")
     return content

@@ -1,4 +1,4 @@
-"""Shared fixtures: small models, and two CPU threads."""
+"""Shared fixtures: small models, and one CPU thread (their operations are too small to share out)."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from maskaq_brevitas.models.zoo import load_model
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    """Runs the suite on two CPU threads and puts the caller's number back."""
+def one_thread():
+    """Runs the suite on one CPU thread and puts the caller's number back."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -219,20 +219,18 @@ def test_calibrate_and_freeze(calibrator):
     assert [stage["stage"] for stage in calibrator.stages] == ["synthesis", "calibration"]
 
 
-def test_calibrate_twice_gives_the_same_function(calibrator):
-    calibrator.calibrate()
+def test_calibrating_twice_does_not_drift(calibrator):
+    """Equalisation starts from the equalised model then: not the same bytes, but as close to the float model."""
     with torch.no_grad():
-        first = calibrator.quant_model(probe())
-        calibrator.calibrate()
-        again = calibrator.quant_model(probe())
-        distance = (first - calibrator.float_model(probe())).norm()
-    assert (again - first).norm() < distance  # equalisation runs anew from the equalised model: close, not the same bytes
+        expected = calibrator.float_model(probe())
+        errors = [float((calibrator.calibrate()(probe()) - expected).norm()) for _ in range(3)]
+    assert max(errors) < 2 * errors[0]
 
 
 def test_refresh_is_seen_through_loaders_that_exist_already(calibrator):
     calibrator.calibrate()
     outside = DataLoader(calibrator.dataset, batch_size=6)
-    (before, labels), storage = next(iter(outside)), calibrator.pool.pixels.data_ptr()
+    (before, _), storage = next(iter(outside)), calibrator.pool.pixels.data_ptr()
     entry = calibrator.refresh(start="noise", steps=1)
     after, _ = next(iter(outside))
     assert calibrator.version == entry["version"] == 2 and entry["images"] == 6

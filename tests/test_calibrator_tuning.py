@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
@@ -23,6 +24,15 @@ from maskaq_brevitas.tuning.calibrate import is_calibrated
 
 TUNING = DistillConfig(epochs=3, refresh_every=1, refresh_steps=1, batch_size=4, learning_rate=1e-4)
 RESULTS = ("images.safetensors", "held_back.safetensors", "quant_model.safetensors")
+
+
+def small_vit() -> nn.Module:
+    """A ViT that the child process of the kill test can build as well: random weights of a fixed seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=4)
+    model.pretrained_cfg = model.default_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return model.eval()
 
 
 def make_calibrator(model: nn.Module, **changes) -> DataFreeCalibrator:
@@ -40,7 +50,7 @@ def _results(run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def states(tiny_vit, tmp_path, monkeypatch) -> tuple[dict[str, bytes], list[Path]]:
+def states(tmp_path, monkeypatch) -> tuple[dict[str, bytes], list[Path]]:
     """Results of an uninterrupted run, and what a kill before each of its writes would leave on disk."""
     run, copies = tmp_path / "whole", []
 
@@ -52,7 +62,7 @@ def states(tiny_vit, tmp_path, monkeypatch) -> tuple[dict[str, bytes], list[Path
 
         return wrapped
 
-    calibrator = make_calibrator(tiny_vit, run_dir=run)
+    calibrator = make_calibrator(small_vit(), run_dir=run)
     with monkeypatch.context() as patch:
         patch.setattr("maskaq_brevitas.run_directory.write_whole", copy_first(_write_whole()))
         patch.setattr(SyntheticImages, "save", copy_first(SyntheticImages.save))
@@ -67,11 +77,11 @@ def _write_whole():
 
 
 @pytest.mark.heavy
-def test_a_run_killed_before_any_write_ends_with_the_same_bytes(states, tiny_vit):
+def test_a_run_killed_before_any_write_ends_with_the_same_bytes(states):
     expected, copies = states
     assert len(copies) > 20
     for copy in copies:
-        calibrator = make_calibrator(tiny_vit, run_dir=copy, run_mode="resume")
+        calibrator = make_calibrator(small_vit(), run_dir=copy, run_mode="resume")
         calibrator.quantize(TUNING)
         assert _results(copy) == expected, copy
         assert [entry["version"] for entry in calibrator.refreshes] == [2, 3], copy
@@ -81,8 +91,7 @@ def test_a_run_killed_before_any_write_ends_with_the_same_bytes(states, tiny_vit
 
 @pytest.mark.heavy
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, two_threads):
-    whole = make_calibrator(load_model("digits_vit"), run_dir=tmp_path / "whole")
-    whole.quantize(TUNING)
+    make_calibrator(small_vit(), run_dir=tmp_path / "whole").quantize(TUNING)
     run = tmp_path / "killed"
     places = (
         "state/images-1-0001", "state/tuning-0001", "state/images-2-0000", "images.safetensors", "state/tuning-0002",
@@ -91,7 +100,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, two_thr
         command = [sys.executable, "-W", "ignore", __file__, str(run), place]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         assert child.returncode == -signal.SIGKILL, child.stderr
-    make_calibrator(load_model("digits_vit"), run_dir=run, run_mode="resume").quantize(TUNING)
+    make_calibrator(small_vit(), run_dir=run, run_mode="resume").quantize(TUNING)
     assert _results(run) == _results(tmp_path / "whole")
 
 
@@ -296,7 +305,7 @@ def _main(run: str, place: str) -> None:
 
     RunDirectory.write_tensors = write_and_die
     SyntheticImages.save = save_and_die
-    make_calibrator(load_model("digits_vit"), run_dir=run, run_mode="resume").quantize(TUNING)
+    make_calibrator(small_vit(), run_dir=run, run_mode="resume").quantize(TUNING)
 
 
 if __name__ == "__main__":

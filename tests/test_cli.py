@@ -166,7 +166,7 @@ def _bad_inputs(folder):
         "kind": (["--config", str(folder / "kind.yaml")], "invalid int value: 'many'"),
         "yaml": (["--config", str(folder / "damaged.yaml")], "Expected a YAML file of options, cannot read"),
         "no yaml": (["--config", str(folder / "none.yaml")], "Expected a YAML file of options, cannot read"),
-        "convnet": (["test_resnet", "--checkpoint", str(convnet)], "it has no attention. Expected a Vision Transformer"),
+        "convnet": (["test_resnet", "--checkpoint", str(convnet)], "it has no attention. Expected a Vision"),
         "weights": (["digits_vit", "--checkpoint", str(other)], "Expected weights that fit 'digits_vit'"),
         "no labels": (["digits_vit", "--eval-data", str(folder / "unlabelled")], "images without a label"),
         "labels": (["digits_vit", "--eval-data", str(folder / "outside")], "Expected labels from 0 to 9"),

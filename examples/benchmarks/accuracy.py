@@ -329,8 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
         minutes = sum(entry["elapsed"] for entry in cells.values()) / 60
         note = (
             f"Top-1 in percent, mean ± standard deviation over seeds {' '.join(map(str, options.seeds))}. "
-            f"{options.model}, {len(eval_data)} images evaluated, {options.images} to calibrate, {options.held_back} held back; "
-            f"{synthesis.steps} iterations, {tuning.epochs} epochs, refresh of {tuning.refresh_steps} iterations every "
+            f"{options.model}, {evaluated} images evaluated, {options.images} to calibrate, "
+            f"{options.held_back} held back; {synthesis.steps} iterations, {tuning.epochs} epochs, refresh of {tuning.refresh_steps} iterations every "
             f"{tuning.refresh_every} epochs. {minutes:.0f} minutes so far on {run_machine}.\n\n"
             f"    python {shlex.join(sys.argv if arguments is None else [__file__, *arguments])}"
         )
@@ -342,6 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{row:16} {scheme} seed {seed}: {cell['top1']:.1f} ({cell['seconds']:.0f} s)", file=sys.stderr)
 
     run_machine = machine(options.device)
+    evaluated = min(len(eval_data), options.eval_limit or len(eval_data))
     for seed in options.seeds:
         shared: dict[str, Images] = {}
         for scheme in options.schemes:

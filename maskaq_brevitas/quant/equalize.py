@@ -67,7 +67,8 @@ def equalize(quant_model: nn.Module, batches: Iterable[Tensor]) -> list[Equalize
     places = [place for place in channel_places(quant_model) if _is_applicable(quant_model, place)]
     rows = collect_rows(quant_model, [place.consumers[0] for place in places], batches, _ROWS)
     # A layer that the model bypasses has no rows; calibration names it.
-    return [_equalize_place(quant_model, place, rows[place.consumers[0]]) for place in places if place.consumers[0] in rows]
+    places = [place for place in places if place.consumers[0] in rows]
+    return [_equalize_place(quant_model, place, rows[place.consumers[0]]) for place in places]
 
 
 def row_importance(target: Tensor) -> Tensor:

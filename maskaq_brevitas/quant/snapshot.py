@@ -93,7 +93,8 @@ def frozen_snapshot(quant_model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, module in list(snapshot.named_modules()):
             if isinstance(module, QuantWeightBiasInputOutputLayer):
-                if not isinstance(module, (QuantLinear, QuantConv2d)) or getattr(module, "padding_mode", "zeros") != "zeros":
+                known = isinstance(module, (QuantLinear, QuantConv2d))
+                if not known or getattr(module, "padding_mode", "zeros") != "zeros":
                     raise ModelError(
                         f"{name}: {type(module).__name__} cannot be frozen; expected QuantLinear, or QuantConv2d padded "
                         "with zeros."

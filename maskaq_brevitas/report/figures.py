@@ -280,5 +280,5 @@ def _quantized_bytes(quant_model: nn.Module, by_name: dict[str, PlaceFigures]) -
         if place.activation is not None:
             total += 4 + (1 if place.activation.zero_point else 0)
     tensors = dict(quant_model.named_parameters()) | dict(quant_model.named_buffers())
-    rest = [tensor for name, tensor in tensors.items() if not name.startswith(tuple(inside)) and id(tensor) not in packed]
-    return total + 4 * sum(tensor.numel() for tensor in rest)
+    rest = [tensor for name, tensor in tensors.items() if not name.startswith(tuple(inside))]
+    return total + 4 * sum(tensor.numel() for tensor in rest if id(tensor) not in packed)

@@ -58,7 +58,8 @@ def save_image_grid(path: Path, pixels: Tensor, labels: list[int], informative: 
     masked = overlay(pixels, informative, grid)
     across = min(4, len(pixels))
     down = -(-len(pixels) // across)
-    cell = 1.5  # inches; the caption above a pair takes a fifth of it
+    # Inches: pixel for pixel at 120 dots per inch where that fits; the caption above a pair takes a fifth more.
+    cell = min(2.2, max(1.5, pixels.shape[-1] / 120 + 0.04))
     figure = Figure(figsize=(across * (2 * cell + 0.2), down * cell * 1.2 + 0.4), dpi=120)
     canvas = FigureCanvasAgg(figure)
     figure.text(0.5, 1 - 0.2 / figure.get_figheight(), "Synthetic images, each beside its informative patches",

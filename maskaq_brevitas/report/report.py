@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AccuracyRow", "Report", "make_report", "text_table"]
 
-_FLOAT_BY_DESIGN = "LayerNorm, softmax, activation functions, residual additions, biases, position embedding, class token"
+_FLOAT_BY_DESIGN = (
+    "LayerNorm, softmax, activation functions, residual additions, biases, position embedding, class token"
+)
 _PICTURES = 16
 
 
@@ -245,7 +247,7 @@ def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
     if scheme.resolved_probability_bits != scheme.bits.activation:
         yield (
             f"attention probabilities are kept at {scheme.resolved_probability_bits} bits, nominal activations are at "
-            f"{scheme.bits.activation}: figures of schemes that quantize them at the nominal width compare with strict-*"
+            f"{scheme.bits.activation}: compare strict-* with schemes that quantize them at the nominal width"
         )
     moved = [place for place in calibrator.equalized if place.error < place.error_before]
     if calibrator.equalized:
@@ -255,8 +257,8 @@ def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
     if calibrator.range_factors:
         factors = sorted(calibrator.range_factors.values())
         yield (
-            f"activation ranges searched at {len(factors)} places: {factors[0]:.3f} to {factors[-1]:.3f} of the largest "
-            f"value, median {factors[len(factors) // 2]:.3f}"
+            f"activation ranges searched at {len(factors)} places: {factors[0]:.3f} to {factors[-1]:.3f} of the "
+            f"largest value, median {factors[len(factors) // 2]:.3f}"
         )
     yield f"images drawn again because their objective was not finite: {calibrator.redrawn}"
 

@@ -29,6 +29,8 @@ def tiny_vit():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+        for block in model.blocks:
+            block.attn.qkv.weight.data.mul_(5)  # attention that prefers some patches
     model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return model.eval()
 
