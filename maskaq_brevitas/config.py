@@ -390,7 +390,6 @@ class ReconstructConfig:
         weight_learning_rate: of Adam for weights and biases, at the first iteration (cosine to 0).
         scale_learning_rate: of scales, as a share of each scale.
         drop: probability that an element of a quantized activation stays float in an iteration (QDrop).
-        informative_weight: extra weight of the tokens in an image's informative region; 0 treats all alike.
     """
 
     steps: int = 200
@@ -398,12 +397,11 @@ class ReconstructConfig:
     weight_learning_rate: float = 2e-4
     scale_learning_rate: float = 1e-2
     drop: float = 0.25
-    informative_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             _check_at_least(name, getattr(self, name), 1)
-        for name in ("weight_learning_rate", "scale_learning_rate", "informative_weight"):
+        for name in ("weight_learning_rate", "scale_learning_rate"):
             if not _number(getattr(self, name)) >= 0:
                 raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
         if not 0 <= _number(self.drop) < 1:

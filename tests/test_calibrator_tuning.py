@@ -90,14 +90,14 @@ def test_a_run_killed_before_any_write_ends_with_the_same_bytes(states):
 
 
 @pytest.mark.heavy
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, two_threads):
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     make_calibrator(small_vit(), run_dir=tmp_path / "whole").quantize(TUNING)
     run = tmp_path / "killed"
     places = (
         "state/images-1-0001", "state/tuning-0001", "state/images-2-0000", "images.safetensors", "state/tuning-0002",
     )  # fmt: skip
     for place in places:
-        command = [sys.executable, "-W", "ignore", __file__, str(run), place]
+        command = [sys.executable, "-W", "ignore", __file__, str(run), place, str(torch.get_num_threads())]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         assert child.returncode == -signal.SIGKILL, child.stderr
     make_calibrator(small_vit(), run_dir=run, run_mode="resume").quantize(TUNING)
@@ -218,15 +218,16 @@ def test_a_given_model_stays_uncalibrated_until_its_owner_calibrates(tiny_vit):
 
 
 def test_a_refresh_brings_the_attention_closer():
-    """With the alignment term alone, the masked distance must fall against a quant model that has moved."""
-    synthesis = SynthesisConfig(
-        steps=10, warmup_steps=2, batch_size=4, head_weight=0, class_weight=0, tv_weight=0, entropy_weight=0,
-        align_weight=1.0, jitter=0, late_jitter=0, colour_shift=0, colour_scale=0,
-    )  # fmt: skip
+    """Images made with all terms; a refresh with alignment alone must bring the masked attention closer."""
+    synthesis = SynthesisConfig(steps=10, warmup_steps=2, batch_size=4)
     calibrator = make_calibrator(load_model("digits_vit"), synthesis=synthesis, num_images=4)
     calibrator.calibrate()
+    calibrator.synthesis = replace(
+        synthesis, head_weight=0, class_weight=0, tv_weight=1e-9, entropy_weight=0, align_weight=1.0, jitter=0,
+        late_jitter=0, colour_shift=0, colour_scale=0,
+    )  # fmt: skip
     entry = calibrator.refresh(steps=10)
-    assert entry["alignment_after"] < entry["alignment_before"]
+    assert entry["alignment_after"] < 0.9 * entry["alignment_before"]
     assert calibrator.refreshes == [entry]
 
 
@@ -284,9 +285,9 @@ def test_batches_of_a_refresh_against_another_model_are_not_reused(tiny_vit, tmp
     assert calibrator.pool.pixels[:4].float().std() > 0
 
 
-def _main(run: str, place: str) -> None:
+def _main(run: str, place: str, threads: str) -> None:
     """The child of the kill test: resumes the run and kills itself right after the first write of a file."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(threads))
 
     def kill(name: str) -> None:
         if name.startswith(place):

@@ -162,7 +162,7 @@ def _reconstruct_block(
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                for parameter, floor, in zip(scales, floors, strict=True):
+                for parameter, floor in zip(scales, floors, strict=True):
                     if bool((floor > 0).all()):
                         parameter.clamp_(min=floor)
             if on_step is not None:
