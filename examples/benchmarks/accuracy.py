@@ -331,7 +331,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"Top-1 in percent, mean ± standard deviation over seeds {' '.join(map(str, options.seeds))}. "
             f"{options.model}, {evaluated} images evaluated, {options.images} to calibrate, "
             f"{options.held_back} held back; {synthesis.steps} iterations, {tuning.epochs} epochs, refresh of "
-            f"{tuning.refresh_steps} iterations every {tuning.refresh_every} epochs. {minutes:.0f} minutes so far on {run_machine}.\n\n"
+            f"{tuning.refresh_steps} iterations every {tuning.refresh_every} epochs. "
+            f"{minutes:.0f} minutes so far on {run_machine}.\n\n"
             f"    python {shlex.join(sys.argv if arguments is None else [__file__, *arguments])}"
         )
         run.write_json("accuracy.json", {"cells": cells, "note": note})
