@@ -24,15 +24,6 @@ def quantize(out, *more, budget=SHORT):
     return cli.main(["quantize", "digits_vit", "--scheme", "w4a4", *budget, "--out", str(out), *more])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """One CPU thread: these models are too small to gain from a second, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     """A finished run without export and baselines."""

@@ -32,15 +32,6 @@ PATCH_MACS = 64 * (3 * 4 * 4) * DIM
 HEAD_MACS = DIM * 10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """One CPU thread: these models are too small to gain from a second, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def calibrator():
     """A calibrated w4a6 run on eight nearly unoptimised images."""
