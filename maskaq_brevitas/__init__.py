@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskaq_brevitas.calibrator import DataFreeCalibrator
-    from maskaq_brevitas.config import DistillConfig, Scheme, SynthesisConfig, resolve_scheme
+    from maskaq_brevitas.config import DistillConfig, ReconstructConfig, Scheme, SynthesisConfig, resolve_scheme
     from maskaq_brevitas.models.zoo import load_model
 
-__all__ = ["DataFreeCalibrator", "DistillConfig", "Scheme", "SynthesisConfig", "load_model", "resolve_scheme"]
+__all__ = ["DataFreeCalibrator", "DistillConfig", "ReconstructConfig", "Scheme", "SynthesisConfig", "load_model", "resolve_scheme"]
 __version__ = "0.1.0"
 
 # Imported at first use: Brevitas and timm take seconds, and ``maskaq --help`` needs neither.
 _HOMES = {
     "DataFreeCalibrator": "calibrator",
     "DistillConfig": "config",
+    "ReconstructConfig": "config",
     "Scheme": "config",
     "SynthesisConfig": "config",
     "load_model": "models.zoo",

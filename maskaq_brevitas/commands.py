@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, SynthesisConfig, resolve_scheme
+from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig, resolve_scheme
 from maskaq_brevitas.errors import (
     CheckpointError,
     ConfigurationError,
@@ -27,12 +27,15 @@ from maskaq_brevitas.export import QonnxCheck, export_qonnx, verify_qonnx
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
 from maskaq_brevitas.options import read_saved, to_yaml
+from maskaq_brevitas.progress import bars
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
 from maskaq_brevitas.synthesis.augment import gaussian_images
+from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
+from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
-__all__ = ["evaluate", "export", "quantize"]
+__all__ = ["evaluate", "export", "quantize", "sensitivity"]
 
 _SPLIT_SEED = 2_000_003
 
@@ -63,7 +66,7 @@ def quantize(options: Namespace) -> None:
     data = _labelled_data(options, model)
     rows = []
     if data.evaluation is not None:
-        with calibrator._stage("evaluation of the float model"):  # it also decodes every image
+        with calibrator.stage("evaluation of the float model"):  # it also decodes every image
             rows.append(_row("float", model, data, options))
     real = _real_images(calibrator, data, options)
     calibrator.run = RunDirectory(out, calibrator.identity(), mode)
@@ -72,11 +75,11 @@ def quantize(options: Namespace) -> None:
     calibrator.quantize()
     calibrator.save()
     if data.evaluation is not None:
-        with calibrator._stage("evaluation and baselines"):
+        with calibrator.stage("evaluation and baselines"):
             rows += _compared_rows(calibrator, real, data, options)
     check = failure = None
     if not options.no_export:
-        with calibrator._stage("export and check"):
+        with calibrator.stage("export and check"):
             try:
                 check = _export(calibrator, out / "model.onnx", options.batch)
             except ExportError as error:  # the rest of the run is worth a report
@@ -127,6 +130,33 @@ def export(options: Namespace) -> None:
     print(f"{output}\n{_check_line(check)}")
 
 
+def sensitivity(options: Namespace) -> None:
+    """Print, most costly first, what each group of quantizers of a run costs with everything else in float.
+
+    Raises:
+        MaskAQError: for bad input, see the messages.
+    """
+    if options.images < 1:
+        raise InputError(f"--images: expected a whole number >= 1, got {options.images}.")
+    saved = _saved_options(options)
+    calibrator = _load_run(options.run, saved)
+    images = calibrator.pool.images()[: options.images].to(calibrator.device)
+    names = Switches(calibrator.quant_model).names
+    group = {"kind": place_kinds, "layer": place_layers, "block": place_blocks}[options.by]
+    groups = {**group(names), "all": names}
+    with bars(not options.quiet)(len(groups), "Measuring") as bar:
+        found = measure_sensitivity(
+            calibrator.quant_model, calibrator.maker.float_snapshot, images.split(saved.batch_size), groups,
+            on_group=lambda _: bar.update(),
+        )  # fmt: skip
+    found = [*sorted(found[:-1], key=lambda entry: -entry.divergence), found[-1]]
+    print(f"{saved.model}, {saved.scheme}: one {options.by} quantized, all else in float, {len(images)} synthetic images\n")
+    print(text_table(
+        [options.by, "quantizers", "KL divergence from float [nats]", "equal top-1 [%]"],
+        [[entry.name, entry.places, f"{entry.divergence:.4f}", f"{100 * entry.agreement:.1f}"] for entry in found],
+    ))  # fmt: skip
+
+
 def _resolve_paths(options: Namespace) -> None:
     """Absolute paths, so that the saved configuration holds in any folder."""
     for name in ("checkpoint", "eval_data", "calibration_data"):
@@ -153,11 +183,11 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
         if not equals or not pattern:
             raise ConfigurationError(f"--override: expected PATTERN=wXaY, for example 'head=w8a8', got {text!r}.")
         overrides[pattern] = bits
-    tuning = None
-    if options.tune == "distill":
-        tuning = DistillConfig(
-            epochs=options.epochs, refresh_every=options.refresh_every, **_section(options, "tuning")
-        )
+    reconstruct = ReconstructConfig(**_section(options, "reconstruct"))
+    distill = DistillConfig(epochs=options.epochs, refresh_every=options.refresh_every, **_section(options, "tuning"))
+    tuning = {
+        "none": [], "distill": [distill], "reconstruct": [reconstruct], "reconstruct+distill": [reconstruct, distill]
+    }[options.tune]  # fmt: skip
     return dict(
         scheme=resolve_scheme(options.scheme),
         overrides=overrides,
@@ -228,7 +258,7 @@ def _compared_rows(
 
     if not options.no_baselines:
         rows.append(calibrated_row("Gaussian noise", _noise(calibrator, count, options.seed)))
-    if calibrator.tuning is None:
+    if not calibrator.tuning:
         rows.append(_row("calibrated on synthetic images", calibrator.freeze(), data, options, count))
     else:
         rows.append(calibrated_row("synthetic images", synthetic))

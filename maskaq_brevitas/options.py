@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from maskaq_brevitas.config import DistillConfig, SynthesisConfig
+from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = ["COMMANDS", "parse", "read_saved", "to_yaml", "top_parser"]
@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "parse", "read_saved", "to_yaml", "top_parser"]
 COMMANDS = {
     "quantize": "quantize a model without data: synthesise, calibrate, tune, evaluate, export, report",
     "evaluate": "accuracy of the float and the quantized model of a run, on labelled images",
+    "sensitivity": "what each kind of quantizer of a run costs by itself, measured on its synthetic images",
     "export": "write the quantized model of a run as a file for other tools, and check the file by executing it",
 }
 
@@ -28,6 +29,7 @@ COMMANDS = {
 _SECTIONS = {
     "synthesis": (SynthesisConfig, {"steps", "batch_size"}),
     "tuning": (DistillConfig, {"epochs", "refresh_every"}),
+    "reconstruct": (ReconstructConfig, set()),
 }
 #: Options that say where and how a command runs, not what it computes: they are not saved with a run.
 _NOT_SAVED = {"config", "out", "overwrite", "resume", "quiet"}
@@ -114,7 +116,8 @@ def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, ar
         action = group.add_argument(*flags, **details)
         actions[action.dest] = action
 
-    {"quantize": _add_quantize, "evaluate": _add_evaluate, "export": _add_export}[command](parser, add)
+    {"quantize": _add_quantize, "evaluate": _add_evaluate, "export": _add_export,
+     "sensitivity": _add_sensitivity}[command](parser, add)
     return parser, actions
 
 
@@ -132,8 +135,9 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
     add("--batch-size", type=int, default=16, metavar="N", help="images per batch, in synthesis and calibration")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
-    add("--tune", choices=("none", "distill"), default="none", help="after calibration: nothing, or distillation from "
-        "the float model on the synthetic images")  # fmt: skip
+    add("--tune", choices=("none", "reconstruct", "distill", "reconstruct+distill"), default="none",
+        help="after calibration, on the synthetic images: nothing; block-by-block reconstruction; distillation from the "
+        "float model with refreshed images; or one after the other")
     add("--epochs", type=int, default=DistillConfig.epochs, metavar="N", help="passes over the images (--tune)")
     add("--refresh-every", type=_optional(int), default=DistillConfig.refresh_every, metavar="N",
         help="epochs between refreshes of the images against the quantized model, or none (--tune)")
@@ -162,6 +166,15 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
     _add_evaluation_data(add, parser, "test split")
+    add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
+    add("--quiet", action="store_true", help="no progress; only the final table")
+
+
+def _add_sensitivity(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("run", metavar="RUN", help="folder of a run")
+    add("--by", choices=("kind", "layer", "block"), default="kind", help="what is measured by itself: all quantizers of a "
+        "kind, of a layer or attention module, or of a block")  # fmt: skip
+    add("--images", type=int, default=32, metavar="N", help="synthetic images to measure on")
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--quiet", action="store_true", help="no progress; only the final table")
 

@@ -358,7 +358,7 @@ def test_run_directory(tiny_vit, tmp_path):
 
 
 def test_interrupted_synthesis_goes_on_with_the_same_bytes(tiny_vit, tmp_path, monkeypatch):
-    import maskaq_brevitas.calibrator as module
+    import maskaq_brevitas.synthesis.maker as module
 
     whole = batches(make(tiny_vit))
     calls, real = itertools.count(), module.synthesize

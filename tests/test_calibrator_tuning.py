@@ -94,7 +94,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     make_calibrator(small_vit(), run_dir=tmp_path / "whole").quantize(TUNING)
     run = tmp_path / "killed"
     places = (
-        "state/images-1-0001", "state/tuning-0001", "state/images-2-0000", "images.safetensors", "state/tuning-0002",
+        "state/images-1-0001", "state/tuning-0-0001", "state/images-2-0000", "images.safetensors", "state/tuning-0-0002",
     )  # fmt: skip
     for place in places:
         command = [sys.executable, "-W", "ignore", __file__, str(run), place, str(torch.get_num_threads())]
@@ -164,7 +164,7 @@ def test_history_and_stages_tell_what_happened(tiny_vit):
     assert (refresh["version"], refresh["images"], refresh["steps"], refresh["start"]) == (2, 6, 1, "images")
     assert refresh["alignment_before"] > 0
     names = [entry["stage"] for entry in calibrator.stages]
-    assert names == ["synthesis", "calibration", "refresh 2", "tuning, its refreshes included"]
+    assert names == ["synthesis", "calibration", "refresh 2", "distillation, its refreshes included"]
 
 
 def test_a_factory_gives_the_optimiser(tiny_vit):
@@ -181,11 +181,11 @@ def test_a_factory_gives_the_optimiser(tiny_vit):
 def test_another_tuning_is_refused_with_the_differing_keys(tiny_vit, tmp_path):
     tuning = replace(TUNING, epochs=1)
     make_calibrator(tiny_vit, run_dir=tmp_path / "given").quantize(tuning)
-    with pytest.raises(RunDirectoryError, match="tuning.json.*temperature: 5.0 -> 4.0"):
+    with pytest.raises(RunDirectoryError, match="tuning.json.*0-distill.temperature: 5.0 -> 4.0"):
         resumed = make_calibrator(tiny_vit, run_dir=tmp_path / "given", run_mode="resume")
         resumed.quantize(replace(tuning, temperature=4.0))
     make_calibrator(tiny_vit, run_dir=tmp_path / "built", tuning=tuning)
-    with pytest.raises(RunDirectoryError, match=r"tuning\.epochs: 1 -> 2"):
+    with pytest.raises(RunDirectoryError, match=r"tuning\.0-distill\.epochs: 1 -> 2"):
         make_calibrator(tiny_vit, run_dir=tmp_path / "built", run_mode="resume", tuning=replace(tuning, epochs=2))
     with pytest.raises(ConfigurationError, match="another tuning than the constructor"):
         make_calibrator(tiny_vit, tuning=tuning).quantize(TUNING)
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_other_images_is_refused(tiny_vit, tmp_path):
     calibrator.refresh()
     calibrator.refresh()
     note = calibrator.run.read_json("state/tuning.json")
-    calibrator.run.write_json("state/tuning.json", {**note, "epochs": 1, "pool_version": 1})
+    calibrator.run.write_json("state/tuning.json", {**note, "done": 1, "pool_version": 1})
     with pytest.raises(RunDirectoryError, match="images are of version 4, but the checkpoint.*version 1"):
         make_calibrator(tiny_vit, run_dir=run, run_mode="resume").quantize(replace(TUNING, epochs=2, refresh_every=1))
 
@@ -218,16 +218,16 @@ def test_a_given_model_stays_uncalibrated_until_its_owner_calibrates(tiny_vit):
 
 
 def test_a_refresh_brings_the_attention_closer():
-    """Images made with all terms; a refresh with alignment alone must bring the masked attention closer."""
-    synthesis = SynthesisConfig(steps=10, warmup_steps=2, batch_size=4)
-    calibrator = make_calibrator(load_model("digits_vit"), synthesis=synthesis, num_images=4)
+    """Images made without alignment; a refresh with alignment alone must bring the masked attention closer."""
+    synthesis = SynthesisConfig(steps=10, warmup_steps=2, batch_size=4, align_weight=0.0)
+    calibrator = make_calibrator(load_model("digits_vit"), scheme="w3a3", synthesis=synthesis, num_images=4)
     calibrator.calibrate()
-    calibrator.synthesis = replace(
+    calibrator.maker.config = replace(
         synthesis, head_weight=0, class_weight=0, tv_weight=1e-9, entropy_weight=0, align_weight=1.0, jitter=0,
         late_jitter=0, colour_shift=0, colour_scale=0,
     )  # fmt: skip
-    entry = calibrator.refresh(steps=10)
-    assert entry["alignment_after"] < 0.9 * entry["alignment_before"]
+    entry = calibrator.refresh(steps=20)
+    assert entry["alignment_after"] < 0.95 * entry["alignment_before"]
     assert calibrator.refreshes == [entry]
 
 
@@ -247,7 +247,7 @@ def test_a_share_replaces_the_oldest_images_and_keeps_the_labels(tiny_vit):
 
 
 def test_a_refresh_is_warm_with_a_quarter_of_rate_and_steps(tiny_vit, monkeypatch):
-    from maskaq_brevitas import calibrator as module
+    from maskaq_brevitas.synthesis import maker as module
 
     calls = []
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 from PIL import Image
 
-from maskaq_brevitas import calibrator as calibrator_module
 from maskaq_brevitas import cli
 from maskaq_brevitas.config import DistillConfig, SynthesisConfig
+from maskaq_brevitas.synthesis import maker
 
 TINY = ["--images", "4", "--batch-size", "4", "--steps", "2", "--eval-limit", "20", "--quiet"]
 SHORT = [*TINY, "--no-export", "--no-baselines"]
@@ -81,7 +81,7 @@ def test_config_round_trip_gives_the_same_bytes(short_run, tmp_path):
 
 def test_resume_after_interruption_gives_the_same_bytes(short_run, tmp_path, monkeypatch, capsys):
     out, calls = tmp_path / "run", []
-    original = calibrator_module.synthesize
+    original = maker.synthesize
 
     def interrupted(*arguments, **keywords):
         calls.append(1)
@@ -89,11 +89,11 @@ def test_resume_after_interruption_gives_the_same_bytes(short_run, tmp_path, mon
             raise KeyboardInterrupt
         return original(*arguments, **keywords)
 
-    monkeypatch.setattr(calibrator_module, "synthesize", interrupted)
+    monkeypatch.setattr(maker, "synthesize", interrupted)
     assert quantize(out) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (out / "images.safetensors").exists()
-    monkeypatch.setattr(calibrator_module, "synthesize", original)
+    monkeypatch.setattr(maker, "synthesize", original)
 
     assert quantize(out, "--resume", "--seed", "7") == 2
     assert "cannot be resumed with this configuration. Differing: seed: 0 -> 7" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention
@@ -23,6 +23,7 @@ __all__ = [
     "block_names",
     "channel_places",
     "explicit_form",
+    "features_behind",
     "is_attention",
     "unknown_attention_modules",
 ]
@@ -98,7 +99,12 @@ class ChannelPlace:
 
 
 def channel_places(model: nn.Module) -> list[ChannelPlace]:
-    """Where a timm ViT lets activation ranges be equalised: both LayerNorms of a block, and the MLP's hidden units."""
+    """Where a timm ViT lets activation ranges be equalised: both LayerNorms of a block, and the MLP's hidden units.
+
+    The values of attention could be scaled as well (into the rows of qkv and the columns of proj). Measured on ViT-Tiny
+    (32 synthetic images, crops of the photographs shipped with scikit-image): the error of every proj falls, and the
+    model's KL divergence rises from 0.77 to 0.91 nats at w4a8. So they are not.
+    """
     places = []
     for name, block in model.named_modules():
         if type(block) is not Block:
@@ -129,3 +135,27 @@ def block_names(model: nn.Module) -> list[str]:
     if not names:
         raise ModelError(f"{type(model).__name__} has no transformer blocks of a known type; expected timm's Block.")
     return names
+
+
+def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
+    """The part of a timm ViT behind one of its blocks, up to the features that its classifier reads.
+
+    Returns:
+        A function ``(batch, tokens, channels) -> (batch, features)``.
+
+    Raises:
+        ModelError: if the model has no ``forward_head`` of timm's ViT.
+    """
+    names = block_names(model)
+    behind = [model.get_submodule(name) for name in names[names.index(block) + 1 :]]
+    if not hasattr(model, "forward_head") or not isinstance(getattr(model, "norm", None), nn.Module):
+        raise ModelError(
+            f"{type(model).__name__} does not name what follows its blocks (norm, forward_head); use feature_weight=0."
+        )
+
+    def features(tokens: Tensor) -> Tensor:
+        for following in behind:
+            tokens = following(tokens)
+        return model.forward_head(model.norm(tokens), pre_logits=True)
+
+    return features

@@ -26,6 +26,7 @@ from maskaq_brevitas.report.figures import (
 )
 from maskaq_brevitas.report.pictures import save_image_grid
 from maskaq_brevitas.run_directory import write_whole
+from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 
 if TYPE_CHECKING:
@@ -147,6 +148,12 @@ class Report:
              "zero point", "activation SQNR [dB]", "MMACs"],
             [_place_row(place) for place in self.places],
         )  # fmt: skip
+        blocks = [entry for entry in details["history"] if entry["event"] == "block"]
+        if blocks:
+            yield heading("Reconstruction")
+            keys = ["block", "before", "after", "train_before", "train_after", "kept", "seconds"]
+            yield table(keys, [[_number(entry[key]) for key in keys] for entry in blocks])
+            yield "\nrelative errors of the blocks' outputs; before and after are on the held-back images"
         epochs = [entry for entry in details["history"] if entry["event"] == "epoch"]
         if epochs:
             yield heading("Tuning")
@@ -225,9 +232,7 @@ def make_report(
 
 
 def _batches(calibrator: DataFreeCalibrator, pool: SyntheticImages) -> Iterator[Tensor]:
-    size = calibrator.batch_size or 16
-    for start in range(0, len(pool), size):
-        yield pool.images(pool.pixels[start : start + size]).to(calibrator.device)
+    return device_batches(pool, calibrator.batch_size or 16, calibrator.device)
 
 
 def _agreement(floating: nn.Module, quantized: nn.Module, batches: Iterable[Tensor]) -> float:

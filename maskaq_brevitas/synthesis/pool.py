@@ -16,6 +16,8 @@ from maskaq_brevitas.run_directory import write_whole
 
 __all__ = ["SyntheticImages", "balanced_labels"]
 
+_TENSORS = ("pixels", "labels", "informative", "made_at")
+
 
 def balanced_labels(count: int, num_classes: int, generator: torch.Generator) -> Tensor:
     """``count`` labels in random order, each class as often as any other (give or take one).
@@ -35,7 +37,8 @@ class SyntheticImages(Dataset):
         pixels: ``(images, channels, height, width)``, uint8.
         labels: ``(images,)``, int64: the class that each image was synthesised for.
         informative: ``(images, patches)``, bool.
-        version: how often the pool was replaced; 0 means that no image has been made.
+        made_at: ``(images,)``, int64: the version in which each image was made last.
+        version: how often the pool was made or replaced, in whole or in part; 0 means that no image has been made.
     """
 
     def __init__(self, count: int, geometry: Geometry):
@@ -45,6 +48,7 @@ class SyntheticImages(Dataset):
         self.pixels = torch.zeros(count, *geometry.input_size, dtype=torch.uint8)
         self.labels = torch.zeros(count, dtype=torch.long)
         self.informative = torch.zeros(count, geometry.patches, dtype=torch.bool)
+        self.made_at = torch.zeros(count, dtype=torch.long)
         self.version = 0
 
     def __len__(self) -> int:
@@ -64,7 +68,9 @@ class SyntheticImages(Dataset):
         pixels = self.pixels if pixels is None else pixels
         return self.geometry.normalize(pixels.float() / 255)
 
-    def put(self, indices: Tensor, images: Tensor, labels: Tensor, informative: Tensor) -> None:
+    def put(
+        self, indices: Tensor, images: Tensor, labels: Tensor, informative: Tensor, *, version: int = 1
+    ) -> None:
         """Replace the images at ``indices``, in place.
 
         Args:
@@ -72,15 +78,17 @@ class SyntheticImages(Dataset):
             images: normalised, ``(batch, channels, height, width)``.
             labels: ``(batch,)``.
             informative: ``(batch, patches)``.
+            version: of the pool in which they belong.
         """
         pixels = self.geometry.denormalize(images).mul(255).round().clamp(0, 255)
         self.pixels[indices] = pixels.to(torch.uint8)
         self.labels[indices] = labels
         self.informative[indices] = informative
+        self.made_at[indices] = version
 
     def save(self, path: str | Path) -> None:
         """Write the pool as safetensors; the file appears under its name only when whole."""
-        tensors = {"pixels": self.pixels, "labels": self.labels, "informative": self.informative}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         # One key only: safetensors writes several in random order, and the same pool must give the same bytes.
         metadata = {"version": str(self.version)}
         write_whole(Path(path), lambda aside: save_file(tensors, aside, metadata=metadata))
@@ -94,7 +102,7 @@ class SyntheticImages(Dataset):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in ("pixels", "labels", "informative")}
+                found = {name: file.get_tensor(name) for name in _TENSORS}
                 version = int((file.metadata() or {})["version"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise RunDirectoryError(f"{path} is not a readable pool of synthetic images: {error}.") from error

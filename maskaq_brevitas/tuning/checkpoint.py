@@ -1,4 +1,4 @@
-"""Checkpoints of a tuning after each epoch, so that a killed run goes on and ends with the same bytes.
+"""Checkpoints of a tuning, so that a killed run goes on and ends with the same bytes.
 
 ``state/tuning.json`` says how far the tuning is and names its tensor file. The tensor file is written first, the JSON
 replaced after it, the old tensor file removed last: whenever the process dies, the JSON names a whole file.
@@ -7,78 +7,63 @@ replaced after it, the old tensor file removed last: whenever the process dies, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.run_directory import RunDirectory
-from maskaq_brevitas.tuning.distill import Distiller
 
-__all__ = ["TuningProgress", "load_progress", "save_progress"]
+__all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _NOTE = "state/tuning.json"
 
 
-@dataclass
-class TuningProgress:
-    """How far a tuning is.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state of a tuning.
 
     Attributes:
-        epochs: finished.
-        pool_version: of the images that the last finished epoch was trained on.
-        best_epoch: epochs after which the held-back loss was lowest; 0 is the state before tuning.
-        best_loss: that loss; infinite if it was not finite.
-        best: state of the quant model then, on the CPU.
-        history: losses of the epochs and figures of the refreshes so far, in order.
+        stage: index of the tuning stage that is running, from 0.
+        done: epochs or blocks of it that are finished.
+        note: everything else about it as plain values.
+        tensors: by part (``"model"``, ``"best"``, ``"optimizer"`` ...) and name.
     """
 
-    epochs: int
-    pool_version: int
-    best_epoch: int
-    best_loss: float
-    best: dict[str, Tensor]
-    history: list[dict[str, Any]] = field(default_factory=list)
+    stage: int
+    done: int
+    note: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
 
 
-def save_progress(
-    run: RunDirectory, progress: TuningProgress, model_state: Mapping[str, Tensor], distiller: Distiller
+def save_checkpoint(
+    run: RunDirectory, stage: int, done: int, note: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Write a checkpoint: progress, quant model and optimiser."""
-    optimizer_tensors, optimizer = distiller.state()
+    """Write a :class:`Checkpoint`; it takes the place of the one before."""
     before = run.read_json(_NOTE)["tensors"] if run.has(_NOTE) else None
-    name = f"state/tuning-{progress.epochs:04d}.safetensors"
-    parts = {"model": model_state, "best": progress.best, "optimizer": optimizer_tensors}
-    run.write_tensors(name, {f"{part}:{key}": value for part, values in parts.items() for key, value in values.items()})
-    run.write_json(_NOTE, dict(
-        epochs=progress.epochs, pool_version=progress.pool_version, best_epoch=progress.best_epoch,
-        best_loss=progress.best_loss, history=progress.history, tensors=name,
-        optimizer={"type": type(distiller.optimizer).__name__, **optimizer},
-    ))  # fmt: skip
+    name = f"state/tuning-{stage}-{done:04d}.safetensors"
+    run.write_tensors(name, {f"{part}:{key}": value for part, found in tensors.items() for key, value in found.items()})
+    run.write_json(_NOTE, {"stage": stage, "done": done, **note, "tensors": name})
     if before not in (None, name):
         run.remove(before)
 
 
-def load_progress(
-    run: RunDirectory,
-) -> tuple[TuningProgress, dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
-    """The last checkpoint, None without one: progress, state of the quant model, the optimiser's tensors and values.
+def load_checkpoint(run: RunDirectory) -> Checkpoint | None:
+    """The last checkpoint, or None.
 
     Raises:
-        RunDirectoryError: if the checkpoint is damaged.
+        RunDirectoryError: if it is damaged.
     """
     if not run.has(_NOTE):
         return None
     note = run.read_json(_NOTE)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     try:
-        for name, value in run.read_tensors(note["tensors"]).items():
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, value in run.read_tensors(note.pop("tensors")).items():
             part, _, key = name.partition(":")
-            parts[part][key] = value
-        names = ("epochs", "pool_version", "best_epoch", "best_loss", "history")
-        progress = TuningProgress(best=parts["best"], **{name: note[name] for name in names})
-        return progress, parts["model"], parts["optimizer"], note["optimizer"]
+            tensors.setdefault(part, {})[key] = value
+        return Checkpoint(note.pop("stage"), note.pop("done"), note, tensors)
     except KeyError as error:
         raise RunDirectoryError(
             f"{run.path / _NOTE} is damaged: {error} is missing. Start the run again with --overwrite."

@@ -1,9 +1,10 @@
-"""Refines activation scales after calibration: the range whose *layer output* is closest, token by token.
+"""Refines scales after calibration: those whose *layer output* is closest, token by token.
 
 Brevitas' MSE quantizers minimise the plain squared error of the activation itself. A ViT defeats that: a few tokens
 carry values a hundred times as large as the rest, win the error, and leave the others a handful of codes
 (``blocks.7.mlp.fc2`` of ViT-Tiny: range 33 for values of deviation 0.3). Here the error of each token counts relative
-to the token's own power, and for a linear layer it is the error of the layer's output.
+to the token's own power, and for a linear layer it is the error of the layer's output. The scale of each row of a weight
+is chosen in the same way, with the layer's inputs as they are after quantization.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
+from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
 from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
@@ -24,6 +26,7 @@ __all__ = ["search_ranges"]
 
 _CANDIDATES = 40
 _LOWEST = 0.01
+_WEIGHT_LOWEST = 0.2
 
 
 @torch.no_grad()
@@ -49,14 +52,40 @@ def search_ranges(quant_model: nn.Module, batches: Iterable[Tensor], *, rows: in
             places[name] = module.act_quant
     places = {name: proxy for name, proxy in places.items() if _is_searchable(proxy)}
     samples = collect_rows(quant_model, places, batches, rows)
-    factors = {}
+    factors: dict[str, float] = {}
     for name, values in samples.items():
         layer = quant_model.get_submodule(name)
         weight = layer.weight.float() if isinstance(layer, QuantLinear) else None
         factors[name] = _best_factor(values, weight, places[name])
-        impl = _scaling(places[name])
-        impl.value.data.mul_(factors[name])
+        _scaling(places[name]).value.data.mul_(factors[name])
+        if weight is not None:
+            _search_weight_scale(layer, values)
     return factors
+
+
+def _search_weight_scale(layer: QuantLinear, values: Tensor) -> None:
+    """Scale the rows of a weight so that the error of the output is least, its inputs being quantized already."""
+    impls = [part for part in layer.weight_quant.modules() if isinstance(part, ParameterFromStatsFromParameterScaling)]
+    if len(impls) != 1 or not layer.weight_quant.is_quant_enabled or impls[0].value.numel() != len(layer.weight):
+        return
+    weight = layer.weight.detach().float()
+    importance = row_importance(values @ weight.T)
+    inputs = getattr(layer.input_quant(values), "value", values)
+    moments = inputs.T @ (inputs * importance)  # (channels, channels)
+    levels = 2 ** int(layer.weight_quant.bit_width())
+    low, high = -levels // 2 + int(bool(layer.weight_quant.is_narrow_range)), levels // 2 - 1
+    largest = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / high
+    best = layer.weight_quant.scale().detach().reshape(-1, 1)
+    best_error = None
+    for candidate in (best, *(largest * _WEIGHT_LOWEST ** (index / 24) for index in range(25))):
+        error = (weight / candidate).round_().clamp_(low, high).mul_(candidate).sub_(weight)
+        total = ((error @ moments) * error).sum(dim=1, keepdim=True)
+        if best_error is None:
+            best_error = total
+        else:
+            best = torch.where(total < best_error, candidate, best)
+            best_error = torch.minimum(total, best_error)
+    impls[0].value.data.mul_((best / layer.weight_quant.scale().detach().reshape(-1, 1)).reshape(impls[0].value.shape))
 
 
 def _best_factor(values: Tensor, weight: Tensor | None, proxy: ActQuantProxyFromInjectorBase) -> float:

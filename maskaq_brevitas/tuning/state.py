@@ -1,0 +1,28 @@
+"""The state of a quant model, as it is kept and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from maskaq_brevitas.errors import RunDirectoryError
+
+__all__ = ["copied_state", "load_quant_state"]
+
+
+def copied_state(quant_model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters, scales and buffers, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in quant_model.state_dict().items()}
+
+
+def load_quant_state(quant_model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a saved state into a quant model that was swapped in the same way.
+
+    Raises:
+        RunDirectoryError: if names or shapes differ.
+    """
+    try:
+        quant_model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise RunDirectoryError(f"The saved quant model does not fit this model and scheme: {error}") from error
