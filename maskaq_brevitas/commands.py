@@ -31,7 +31,7 @@ from maskaq_brevitas.progress import bars
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
-from maskaq_brevitas.synthesis.augment import gaussian_images
+from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
@@ -270,11 +270,9 @@ def _compared_rows(
 
 
 def _noise(calibrator: DataFreeCalibrator, count: int, seed: int) -> Tensor:
-    """White noise in normalised units, clamped to what a pixel can be: what one calibrates on without any idea."""
-    generator = torch.Generator().manual_seed(_SPLIT_SEED + seed)
-    images = gaussian_images((count, *calibrator.geometry.input_size), generator)
-    low, high = calibrator.geometry.bounds(images)
-    return torch.minimum(torch.maximum(images, low), high)
+    shape = (count, *calibrator.geometry.input_size)
+    low, high = calibrator.geometry.bounds(torch.zeros(()))
+    return pixel_noise(shape, low, high, torch.Generator().manual_seed(_SPLIT_SEED + seed))
 
 
 def _export(calibrator: DataFreeCalibrator, path: Path, batch: str) -> QonnxCheck:

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from maskaq_brevitas import cli
-from maskaq_brevitas.config import DistillConfig, SynthesisConfig
+from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
 from maskaq_brevitas.synthesis import maker
 
 TINY = ["--images", "4", "--batch-size", "4", "--steps", "2", "--eval-limit", "20", "--quiet"]
@@ -68,6 +68,32 @@ def test_evaluate_gives_the_figures_of_the_run(short_run, capsys):
     rows = {line[0]: float(line[1]) for line in lines if line and line[0] in ("float", "quantized")}
     report = json.loads((short_run / "report.json").read_text())
     assert rows == {"float": report["accuracy"][0]["top1"], "quantized": report["accuracy"][1]["top1"]}
+
+
+def test_sensitivity_prints_every_kind_most_costly_first(short_run, capsys):
+    assert cli.main(["sensitivity", str(short_run), "--images", "4", "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "digits_vit, w4a4: one kind quantized, all else in float, 4 synthetic images"
+    rows = [line.rsplit(maxsplit=3) for line in lines[3:] if line.strip() and not set(line) <= {"-", " "}]
+    assert {"mlp.fc2 input", "attn.probabilities", "attn.qkv weight"} < {row[0].strip() for row in rows}
+    assert rows[-1][0].strip() == "all"
+    costs = [float(row[2]) for row in rows[:-1]]
+    assert costs == sorted(costs, reverse=True) and costs[0] > 0
+    assert cli.main(["sensitivity", str(short_run), "--images", "0"]) == 2
+    assert "--images: expected a whole number >= 1, got 0" in capsys.readouterr().err
+
+
+def test_tuning_by_reconstruction_and_distillation(tmp_path, capsys):
+    more = ("--tune", "reconstruct+distill", "--reconstruct.steps", "2", "--epochs", "1", "--refresh-every", "none")
+    assert quantize(tmp_path / "run", *more) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["name"] for row in report["accuracy"]][-1] == "tuned on synthetic images"
+    events = [entry["event"] for entry in report["history"]]
+    assert events == ["block"] * (len(events) - 2) + ["distillation starts", "epoch"]
+    assert quantize(tmp_path / "run", *more, "--resume") == 0
+    capsys.readouterr()
+    assert quantize(tmp_path / "run", *more, "--reconstruct.drop", "0", "--resume") == 2
+    assert "tuning.0-reconstruct.drop: 0.25 -> 0.0" in capsys.readouterr().err
 
 
 def test_config_round_trip_gives_the_same_bytes(short_run, tmp_path):
@@ -209,11 +235,13 @@ def test_every_option_is_in_the_help_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for section, cls, short in (
         ("synthesis", SynthesisConfig, ("steps", "batch_size")), ("tuning", DistillConfig, ("epochs", "refresh_every")),
+        ("reconstruct", ReconstructConfig, ()),
     ):  # fmt: skip
         for key in set(cls.__dataclass_fields__) - set(short):
             assert f"--{section}.{key} " in text
     assert "--images N synthetic images (default: 64)" in text
-    assert f"--synthesis.tv_weight X coefficients of the five terms. (default: {SynthesisConfig.tv_weight})" in text
+    assert "--synthesis.tv_weight X coefficients of the five terms." in text
+    assert f"so 1 is its equivalent. (default: {SynthesisConfig.tv_weight})" in text
 
 
 def test_help_and_version_import_neither_torch_nor_brevitas():

@@ -34,7 +34,7 @@ from maskaq_brevitas import load_model
 from maskaq_brevitas.config import DistillConfig, SynthesisConfig, from_mapping, to_mapping
 from maskaq_brevitas.evaluation import digits_split, evaluate, labelled_folder
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions, write_whole
-from maskaq_brevitas.synthesis.augment import gaussian_images
+from maskaq_brevitas.synthesis.augment import pixel_noise
 
 COLUMNS = ("w8a8", "w4a8", "w6a6", "w4a4", "w3a3")
 ROWS = {
@@ -113,9 +113,7 @@ class Bench:
         geometry = self.calibrator(scheme, seed).geometry
         low, high = geometry.bounds(torch.zeros(()))
         shape = (self.images + self.held_back, *geometry.input_size)
-        drawn = gaussian_images(shape, torch.Generator().manual_seed(seed))
-        drawn = torch.minimum(torch.maximum(drawn, low), high)
-        return Images.split(drawn, self.images)
+        return Images.split(pixel_noise(shape, low, high, torch.Generator().manual_seed(seed)), self.images)
 
     def real(self, seed: int) -> Images:
         assert self.real_data is not None  # rows without data are left out

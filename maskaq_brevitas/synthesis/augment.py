@@ -5,12 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["colour_jitter", "gaussian_images", "low_frequency_images", "natural_amplitude", "roll_jitter"]
+__all__ = ["colour_jitter", "gaussian_images", "low_frequency_images", "natural_amplitude", "pixel_noise", "roll_jitter"]
 
 
 def gaussian_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """White noise, ``(batch, channels, height, width)``, in units of the normalised image (METHOD.md, x ~ N(0, 1))."""
     return torch.randn(shape, generator=generator)
+
+
+def pixel_noise(
+    shape: tuple[int, int, int, int], low: Tensor, high: Tensor, generator: torch.Generator
+) -> Tensor:
+    """White noise clamped to what a pixel can be: what one calibrates on without any idea.
+
+    Args:
+        shape: ``(batch, channels, height, width)``.
+        low, high: black and white in normalised units, ``(channels, 1, 1)``.
+        generator: random source on the CPU.
+    """
+    images = gaussian_images(shape, generator)
+    return torch.minimum(torch.maximum(images, low), high)
 
 
 def natural_amplitude(height: int, width: int) -> Tensor:
