@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from maskaq_brevitas.config import (
     DistillConfig,
+    LayerBits,
     ReconstructConfig,
     Scheme,
     SynthesisConfig,
@@ -24,14 +25,23 @@ from maskaq_brevitas.config import (
     to_mapping,
 )
 from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
 from maskaq_brevitas.progress import bars, stage
+from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
-from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
+from maskaq_brevitas.quant.swap import SwapRecord, plan_bits, swap_layers
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
 from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batches, drop_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
+from maskaq_brevitas.tuning.allocate import (
+    bit_operations,
+    candidate_widths,
+    choose_widths,
+    width_losses,
+    width_overrides,
+)
 from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration
 from maskaq_brevitas.tuning.checkpoint import load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory
@@ -129,6 +139,7 @@ class DataFreeCalibrator(DataLoader):
         self._quant_model = quant_model.to(self.device)
         self.equalized: list[EqualizedPlace] = []
         self.range_factors: dict[str, float] = {}
+        self.allocated: dict[str, str] = {}
         self.stages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
@@ -206,6 +217,7 @@ class DataFreeCalibrator(DataLoader):
         as the scheme says. A model that was given is calibrated as it is.
         """
         self.ensure_images()
+        self._assign_widths()
         with self.stage("calibration"):
             batches = list(device_batches(self.pool, self.batch_size or 16, self.device))
             self.equalized, self.range_factors = self._calibrated(self._quant_model, batches)
@@ -244,6 +256,7 @@ class DataFreeCalibrator(DataLoader):
         if self.run is not None:
             self.run.claim("tuning.json", _described(tunings))
         self.ensure_images()
+        self._assign_widths()
         found = load_checkpoint(self.run) if self.run is not None else None
         if found is None:
             self.calibrate()
@@ -331,7 +344,7 @@ class DataFreeCalibrator(DataLoader):
         """
         if not self._owns_quant_model:
             raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
-        quant_model = swap_layers(self.float_model, self.scheme, self.overrides)[0].to(self.device)
+        quant_model = self._swapped(self.scheme, {**self.allocated, **self.overrides})
         self._calibrated(quant_model, list(images.to(self.device).split(self.batch_size or 16)))
         return frozen_snapshot(quant_model)
 
@@ -374,6 +387,8 @@ class DataFreeCalibrator(DataLoader):
             raise RunDirectoryError("save() needs a path: this calibrator was made without run_dir.")
         if self.pool.version > 0:
             self.maker.save(run)
+        if self.allocated:
+            run.write_json(_WIDTHS, self.allocated)
         run.write_tensors("quant_model.safetensors", self._quant_model.state_dict())
 
     def load(self, path: str | Path | None = None) -> None:
@@ -396,6 +411,8 @@ class DataFreeCalibrator(DataLoader):
             raise RunDirectoryError("load() needs a path: this calibrator was made without run_dir.")
         if run.has("images.safetensors"):
             self.maker.load(run)
+        if run.has(_WIDTHS):
+            self._swap_again(run.read_json(_WIDTHS))
         if run.has("quant_model.safetensors"):
             load_quant_state(self._quant_model, run.read_tensors("quant_model.safetensors"))
 
@@ -410,6 +427,57 @@ class DataFreeCalibrator(DataLoader):
         return stage(self.stages, name)
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _swapped(self, scheme: Scheme, overrides: Mapping[str, str]) -> nn.Module:
+        """A fresh quant model; layers that stay in float were named by the constructor."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SkippedLayerWarning)
+            return swap_layers(self.float_model, scheme, overrides)[0].to(self.device)
+
+    def _assign_widths(self) -> None:
+        """Mixed precision: choose the widths of layers on the synthetic images, once, and swap by them."""
+        average = self.scheme.average_bits
+        if average is None or self.allocated or not self._owns_quant_model:
+            return
+        if self.run is not None and self.run.has(_WIDTHS):
+            self._swap_again(self.run.read_json(_WIDTHS))
+            return
+        from maskaq_brevitas.report.figures import multiply_accumulates
+
+        plan = plan_bits(self.float_model, self.scheme, self.overrides)
+        attentions = list(attention_modules(self.float_model))
+        held = plan_bits(self.float_model, replace(self.scheme, bits=LayerBits(8, 8)), self.overrides)
+        chosen = [name for name in plan if plan[name] != held[name] and name.rpartition(".")[0] not in attentions]
+        chosen += [name for name in plan if plan[name] != held[name] and _is_layer_of(name, attentions)]
+        chosen += [name for name in attentions if plan[f"{name}.query"] != held[f"{name}.query"]]
+        batches = list(device_batches(self.pool, self.batch_size or 16, self.device))
+        widths = candidate_widths(average)
+
+        def calibrated(width: int) -> nn.Module:
+            quant_model = self._swapped(replace(self.scheme, bits=LayerBits(width, width)), self.overrides)
+            self._calibrated(quant_model, batches)
+            return quant_model
+
+        with self.stage("choice of bit widths"), self._bar(len(widths), "Measuring bit widths") as bar:
+            losses = width_losses(
+                calibrated, self.maker.float_snapshot, batches, widths, chosen, on_width=lambda _: bar.update()
+            )
+            macs = multiply_accumulates(self.float_model)
+            probabilities = self.scheme.probability_bits
+            costs = {
+                name: {width: bit_operations(name, macs, width, probabilities) for width in widths} for name in chosen
+            }
+            budget = sum(bit_operations(name, macs, average, probabilities) for name in chosen)
+            found = choose_widths(losses, costs, budget)
+        self._swap_again(width_overrides(found, attentions, probabilities is None))
+        if self.run is not None:
+            self.run.write_json(_WIDTHS, self.allocated)
+
+    def _swap_again(self, allocated: Mapping[str, str]) -> None:
+        """Give the quant model other widths; it stays the same object for whoever holds it."""
+        self.allocated = dict(allocated)
+        fresh = self._swapped(self.scheme, {**self.allocated, **self.overrides})
+        self._quant_model._modules = fresh._modules
 
     def _calibrated(
         self, quant_model: nn.Module, batches: list[Tensor]
@@ -439,9 +507,7 @@ class DataFreeCalibrator(DataLoader):
         skips this, must start its calibration from the same bytes.
         """
         if self._owns_quant_model:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SkippedLayerWarning)  # given once, by the constructor
-                quant_model = swap_layers(self.float_model, self.scheme, self.overrides)[0].to(self.device)
+            quant_model = self._swapped(self.scheme, self.overrides)
             self._calibrated(quant_model, batches)
             return frozen_snapshot(quant_model)
         with provisional_calibration(self._quant_model, batches) as quant_model:
@@ -460,6 +526,15 @@ class DataFreeCalibrator(DataLoader):
         return DistillStage(
             self._quant_model, self.maker, config, refresh=refresh, optimizer=optimizer, **common
         )
+
+
+_WIDTHS = "bits.json"
+
+
+def _is_layer_of(name: str, attentions: Sequence[str]) -> bool:
+    """Whether a place is a layer inside an attention module, and not an operand of its matmuls."""
+    parent, _, child = name.rpartition(".")
+    return parent in attentions and child not in OPERANDS
 
 
 _KINDS: dict[type, str] = {DistillConfig: "distill", ReconstructConfig: "reconstruct"}

@@ -63,6 +63,8 @@ def quantize(options: Namespace) -> None:
         RunDirectory(out, {}, mode)  # says why it is refused
     model = load_model(options.model, checkpoint=options.checkpoint)
     calibrator = DataFreeCalibrator(model, **calibration)
+    if mode == "resume" and out.is_dir():
+        calibrator.run = RunDirectory(out, calibrator.identity(), mode)  # another configuration is refused at once
     data = _labelled_data(options, model)
     rows = []
     if data.evaluation is not None:
@@ -189,7 +191,7 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
         "none": [], "distill": [distill], "reconstruct": [reconstruct], "reconstruct+distill": [reconstruct, distill]
     }[options.tune]  # fmt: skip
     return dict(
-        scheme=resolve_scheme(options.scheme),
+        scheme=resolve_scheme(f"auto-{options.average_bits:g}" if options.scheme == "auto" else options.scheme),
         overrides=overrides,
         num_images=options.images,
         batch_size=options.batch_size,

@@ -127,7 +127,9 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
         "command line overrides it (repeated --override add to it)")  # fmt: skip
     add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm downloads its own")
     add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
-        "embedding, head and attention probabilities at 8) or strict-wXaY (everything at XY)")  # fmt: skip
+        "embedding, head and attention probabilities at 8), strict-wXaY (everything at XY), or auto")  # fmt: skip
+    add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by layer, "
+        "by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",
         help="other bits for the layers that a shell pattern matches, e.g. 'blocks.*.mlp.fc2=w4a8'; repeatable")
     add("--images", type=int, default=64, metavar="N", help="synthetic images")

@@ -21,6 +21,11 @@ from maskaq_brevitas.errors import ConfigurationError, RunDirectoryError
 __all__ = ["RunDirectory", "fingerprint", "installed_versions", "write_whole"]
 
 _MANIFEST = "run.json"
+#: What a run writes outside its folder ``state``.
+_FILES = (
+    "config.yaml", "bits.json", "tuning.json", "images.safetensors", "held_back.safetensors", "quant_model.safetensors",
+    "model.onnx", "report.json", "report.md", "images.png",
+)  # fmt: skip
 _MODES = ("new", "resume", "overwrite")
 
 
@@ -64,7 +69,7 @@ class RunDirectory:
         path: of the directory; made if missing.
         identity: everything that affects numbers (configuration, seed, weight fingerprint, versions).
         mode: ``"new"`` refuses a directory that holds anything; ``"resume"`` continues a run of the same identity, or
-            starts one; ``"overwrite"`` removes the files of an earlier run first.
+            starts one; ``"overwrite"`` removes the files of an earlier run first, and no others.
 
     Raises:
         ConfigurationError: if ``mode`` is none of these.
@@ -200,10 +205,11 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} holds no run of this package, so nothing in it is overwritten. Choose another folder."
             )
-        # The manifest goes last: a directory that was cleared in part is still known as a run.
-        files = [path for path in self.path.rglob("*") if path.is_file() and path != self.path / _MANIFEST]
+        # The manifest goes last: a directory that was cleared in part is still known as a run. Files that no run writes
+        # are the user's.
+        files = [self.path / name for name in _FILES] + [*self.path.glob("state/*"), *self.path.glob("*.partial")]
         for path in [*files, self.path / _MANIFEST]:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

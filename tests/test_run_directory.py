@@ -99,6 +99,16 @@ def test_damaged_manifest(tmp_path, text):
     assert listing(tmp_path) == {"run.json": text.encode()}
 
 
+def test_overwrite_leaves_what_no_run_writes(tmp_path):
+    run = RunDirectory(tmp_path, IDENTITY)
+    run.write_json("state/tuning.json", {})
+    for name in ("notes.txt", "report.json", "model.onnx.partial", "plots/a.png"):
+        run.file(name).write_text("x")
+    RunDirectory(tmp_path, IDENTITY, "overwrite")
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["notes.txt", "plots/a.png", "run.json"]
+
+
 def test_no_run_to_read(tmp_path):
     with pytest.raises(RunDirectoryError, match="holds no run: expected a file run.json"):
         RunDirectory.read_identity(tmp_path)

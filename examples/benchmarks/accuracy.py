@@ -40,7 +40,8 @@ COLUMNS = ("w8a8", "w4a8", "w6a6", "w4a4", "w3a3")
 ROWS = {
     "float": "Float model",
     "noise": "Gaussian noise",
-    "class": "Class loss alone",
+    "class-pixel": "Class loss alone, on pixels from white noise",
+    "class": "Class loss alone, in our 1/f spectrum",
     "entropy": "PSAQ style (class, variation, entropy)",
     "maskaq": "MaskAQ (all five terms)",
     "real": "Real images",
@@ -168,6 +169,9 @@ def table_cells(
     kinds = {
         "noise": lambda: bench.noise(scheme, seed),
         "real": lambda: bench.real(seed),
+        "class-pixel": lambda: bench.synthesise(scheme, seed, replace(
+            entropy, tv_weight=0.0, entropy_weight=0.0, parameterization="pixel", init="gaussian", learning_rate=0.1
+        )),
         "class": lambda: bench.synthesise(scheme, seed, replace(entropy, tv_weight=0.0, entropy_weight=0.0)),
         "entropy": lambda: bench.synthesise(scheme, seed, entropy),
         "maskaq": lambda: bench.synthesise(scheme, seed, base),
@@ -181,7 +185,7 @@ def table_cells(
     }
     for row in rows:
         kind, tuning = plan.get(row, (row, None))
-        store = shared if kind in ("noise", "real", "class", "entropy") else made
+        store = shared if kind in ("noise", "real", "class-pixel", "class", "entropy") else made
         if kind not in store:
             store[kind] = kinds[kind]()
         yield row, bench.measure(scheme, seed, store[kind], base, tuning)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from maskaq_brevitas.config.checks import check_at_least, check_bool, check_choice
+from maskaq_brevitas.config.checks import check_at_least, check_bool, check_choice, finite_number
 from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = ["LayerBits", "SCHEME_NAMES", "Scheme", "parse_bits", "resolve_scheme"]
@@ -15,6 +15,7 @@ __all__ = ["LayerBits", "SCHEME_NAMES", "Scheme", "parse_bits", "resolve_scheme"
 SCHEME_NAMES = ("w8a8", "w6a6", "w5a5", "w4a8", "w4a4", "w3a3")
 
 _BITS = re.compile(r"w([2-8])a([2-8])")
+_AUTO = re.compile(r"auto-(\d(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Scheme:
         equalize: range of the channels of LayerNorm outputs and MLP hidden units before they are quantized:
             ``True`` shifts and scales every channel to one common symmetric range and folds the inverse into the
             next weight (and, for a LayerNorm, into its affine part), so that the graph keeps per-tensor quantizers.
+        average_bits: mixed precision: the widths of the layers at nominal bits are chosen by their sensitivity, such that
+            the model costs no more bit operations than with this (fractional) width everywhere; ``bits`` is what images
+            are synthesised against. ``None``: all at ``bits``.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Scheme:
     gelu: Literal["asymmetric", "signed"] = "asymmetric"
     softmax: Literal["unsigned", "signed"] = "unsigned"
     equalize: bool = True
+    average_bits: float | None = None
 
     def __post_init__(self) -> None:
         for name, bits in (("bits", self.bits), ("patch_embed", self.patch_embed), ("head", self.head)):
@@ -98,6 +103,8 @@ class Scheme:
         check_choice("gelu", self.gelu, ("asymmetric", "signed"))
         check_choice("softmax", self.softmax, ("unsigned", "signed"))
         check_bool("equalize", self.equalize)
+        if self.average_bits is not None and not 2 <= finite_number(self.average_bits) <= 8:
+            raise ConfigurationError(f"Scheme.average_bits: expected 2 to 8 bits or None, got {self.average_bits!r}.")
 
     @property
     def resolved_probability_bits(self) -> int:
@@ -110,10 +117,11 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
 
     ``wXaY`` keeps patch embedding, head and attention probabilities at 8 bits (comparable with FIMA-Q and GLF-Q, which
     keep the first and last layer at 8; the probabilities are ours, and reports name them). ``strict-wXaY`` puts every
-    layer and operand at the nominal widths (comparable with MaskAQ's table).
+    layer and operand at the nominal widths (comparable with MaskAQ's table). ``auto-B`` chooses widths layer by layer
+    within the bit operations of B bits everywhere (``auto-4.5``); patch embedding, head and probabilities as in ``wXaY``.
 
     Args:
-        scheme: ``"wXaY"`` or ``"strict-wXaY"`` with 2 <= X, Y <= 8, or a :class:`Scheme`, which is returned as it is.
+        scheme: ``"wXaY"``, ``"strict-wXaY"`` or ``"auto-B"`` with 2 <= X, Y, B <= 8, or a :class:`Scheme`, which is returned as it is.
 
     Raises:
         ConfigurationError: for any other text.
@@ -125,12 +133,17 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
     """
     if isinstance(scheme, Scheme):
         return scheme
+    if isinstance(scheme, str) and (match := _AUTO.fullmatch(scheme)):
+        average = float(match[1])
+        if 2 <= average <= 8:
+            bits = LayerBits(int(average), int(average))
+            return replace(resolve_scheme(str(bits)), name=scheme, average_bits=average)
     strict = isinstance(scheme, str) and scheme.startswith("strict-")
     try:
         bits = parse_bits(scheme.removeprefix("strict-"))
     except (AttributeError, ConfigurationError):
         raise ConfigurationError(
-            f"Unknown scheme {scheme!r}. Expected wXaY or strict-wXaY with 2 <= X, Y <= 8, "
+            f"Unknown scheme {scheme!r}. Expected wXaY, strict-wXaY or auto-B with 2 <= X, Y, B <= 8, "
             f"for example {', '.join(SCHEME_NAMES)}."
         ) from None
     outer = bits if strict else LayerBits(8, 8)

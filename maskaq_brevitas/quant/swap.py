@@ -221,5 +221,8 @@ def _skipped_layers(model: nn.Module):
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put ``module`` in the place of ``name``, under every name that the module there has (layers may be shared)."""
+    before = model.get_submodule(name)
+    for alias in [alias for alias, found in model.named_modules(remove_duplicate=False) if found is before]:
+        parent, _, child = alias.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +255,10 @@ def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
             f"attention probabilities are kept at {scheme.resolved_probability_bits} bits, nominal activations are at "
             f"{scheme.bits.activation}: compare strict-* with schemes that quantize them at the nominal width"
         )
+    if calibrator.allocated:
+        counts = Counter(calibrator.allocated.values())
+        spread = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
+        yield f"bit widths chosen by sensitivity, within the bit operations of {scheme.average_bits:g} bits: {spread}"
     moved = [place for place in calibrator.equalized if place.error < place.error_before]
     if calibrator.equalized:
         alphas = [place.alpha for place in moved]

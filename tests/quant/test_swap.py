@@ -247,3 +247,10 @@ def test_training_flag_and_gradients_of_the_float_model_stay():
     swap_layers(model, "w4a4")
     assert all(module.training for module in model.modules())
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["head.weight", "head.bias"]
+
+
+def test_a_layer_with_two_names_is_quantized_under_both(tiny_vit):
+    tiny_vit.blocks[1].mlp.fc1 = tiny_vit.blocks[0].mlp.fc1
+    quant_model, _ = swap_layers(tiny_vit, "w4a4")
+    assert type(quant_model.blocks[0].mlp.fc1).__name__ == "QuantLinear"
+    assert quant_model.blocks[1].mlp.fc1 is quant_model.blocks[0].mlp.fc1

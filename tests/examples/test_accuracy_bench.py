@@ -1,0 +1,41 @@
+"""The accuracy bench: both tables on the smallest budget, and that a finished cell is not measured again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "accuracy.py"
+BUDGET = (
+    "--images 2 --held-back 2 --steps 2 --epochs 2 --refresh-every 1 --refresh-steps 1 --eval-limit 20 --seeds 0 "
+    "--schemes w4a4 --threads 1 --quiet"
+).split()
+
+
+def run(out: Path, *more: str) -> tuple[dict, str]:
+    command = [sys.executable, "-W", "ignore", str(BENCH), "--out", str(out), *BUDGET, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "accuracy.json").read_text())["cells"], done.stdout
+
+
+@pytest.mark.heavy
+def test_the_table_goes_on_where_it_was(tmp_path):
+    first, _ = run(tmp_path, "--rows", "float", "noise", "class-pixel")
+    cells, text = run(tmp_path, "--rows", "float", "noise", "class-pixel", "real", "maskaq+refresh")
+    assert {name: cells[name] for name in first} == first
+    assert set(cells) - set(first) == {"real|w4a4|0", "maskaq+refresh|w4a4|0"}
+    assert cells["float|w4a4|0"]["top1"] > 90
+    assert len(cells["maskaq+refresh|w4a4|0"]["alignment"]) == 1
+    assert "| MaskAQ + distillation with refresh |" in text
+    assert "--rows float noise class-pixel real maskaq+refresh" in text
+
+
+@pytest.mark.heavy
+def test_the_ablation(tmp_path):
+    cells, text = run(tmp_path, "--ablation", "--rows", "whole", "no-mask")
+    assert set(cells) == {"whole|w4a4|0", "no-mask|w4a4|0"}
+    assert all({"top1", "calibrated_top1"} <= set(cell) for cell in cells.values())
+    assert "w4a4 calibrated | w4a4 tuned" in text
