@@ -488,8 +488,10 @@ class DataFreeCalibrator(DataLoader):
         if self._owns_quant_model and self.scheme.equalize:
             places = equalize(quant_model, batches)
         calibrate(quant_model, batches)
-        if self._owns_quant_model and self.scheme.activation_range == "search":
-            factors = search_ranges(quant_model, batches)
+        # Equalisation widens columns of weights, in which a row's own least error is not that of the layer's output.
+        wanted = dict(activations=self.scheme.activation_range == "search", weights=self.scheme.weight_range == "mse")
+        if self._owns_quant_model and any(wanted.values()):
+            factors = search_ranges(quant_model, batches, **wanted)
         return places, factors
 
     def _coupled_snapshot(self) -> nn.Module | None:

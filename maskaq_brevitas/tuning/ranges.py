@@ -30,8 +30,10 @@ _WEIGHT_LOWEST = 0.2
 
 
 @torch.no_grad()
-def search_ranges(quant_model: nn.Module, batches: Iterable[Tensor], *, rows: int = 2048) -> dict[str, float]:
-    """Shrink activation scales to the best of a grid, in place. Run it on a calibrated model.
+def search_ranges(
+    quant_model: nn.Module, batches: Iterable[Tensor], *, rows: int = 2048, activations: bool = True, weights: bool = True
+) -> dict[str, float]:
+    """Set activation scales, then weight scales, to the best of a grid, in place. Run it on a calibrated model.
 
     Covers inputs of linear layers and the operands of attention matmuls. Quantizers with a zero point keep their
     calibrated range.
@@ -40,6 +42,7 @@ def search_ranges(quant_model: nn.Module, batches: Iterable[Tensor], *, rows: in
         quant_model: calibrated model with Brevitas quantizers.
         batches: normalised images, ``(batch, channels, height, width)`` each.
         rows: tokens per place on which the error is measured.
+        activations, weights: which scales are searched.
 
     Returns:
         Factor on the calibrated scale, in (0, 1], per module name.
@@ -56,9 +59,10 @@ def search_ranges(quant_model: nn.Module, batches: Iterable[Tensor], *, rows: in
     for name, values in samples.items():
         layer = quant_model.get_submodule(name)
         weight = layer.weight.float() if isinstance(layer, QuantLinear) else None
-        factors[name] = _best_factor(values, weight, places[name])
-        _scaling(places[name]).value.data.mul_(factors[name])
-        if weight is not None:
+        if activations:
+            factors[name] = _best_factor(values, weight, places[name])
+            _scaling(places[name]).value.data.mul_(factors[name])
+        if weights and weight is not None:
             _search_weight_scale(layer, values)
     return factors
 

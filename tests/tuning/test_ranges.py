@@ -99,6 +99,34 @@ def test_same_images_same_factors_and_nothing_left_behind(calibrated, tiny_vit):
     assert calibrated.training and not any(module._forward_pre_hooks for module in calibrated.modules())
 
 
+def test_only_what_is_asked_for_is_searched(tiny_vit):
+    quant_model, _ = swap_layers(tiny_vit, "w3a3")
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    calibrate(quant_model, [images])
+    layer = quant_model.blocks[0].mlp.fc2
+
+    def scales():
+        return layer.input_quant.scale().detach().clone(), layer.quant_weight().scale.detach().clone()
+
+    def output_error():
+        with torch.no_grad():
+            rows = layer.input_quant(torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(1)))
+            rows = getattr(rows, "value", rows)
+            return float(((layer.quant_weight().value - layer.weight) @ rows.T).square().sum())
+
+    before, error = scales(), output_error()
+    assert search_ranges(quant_model, [images], activations=False, weights=False) == {}
+    assert all(torch.equal(*pair) for pair in zip(before, scales(), strict=True))
+    search_ranges(quant_model, [images], activations=False)
+    after = scales()
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+    assert output_error() < 1.5 * error
+    search_ranges(quant_model, [images], weights=False)
+    assert not torch.equal(scales()[0], before[0])
+    assert torch.equal(scales()[1], after[1])
+
+
 def test_no_batch(calibrated):
     with pytest.raises(InputError, match="at least one batch"):
         search_ranges(calibrated, [])
