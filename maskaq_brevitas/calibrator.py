@@ -447,8 +447,8 @@ class DataFreeCalibrator(DataLoader):
         plan = plan_bits(self.float_model, self.scheme, self.overrides)
         attentions = list(attention_modules(self.float_model))
         held = plan_bits(self.float_model, replace(self.scheme, bits=LayerBits(8, 8)), self.overrides)
-        chosen = [name for name in plan if plan[name] != held[name] and name.rpartition(".")[0] not in attentions]
-        chosen += [name for name in plan if plan[name] != held[name] and _is_layer_of(name, attentions)]
+        operands = {f"{name}.{operand}" for name in attentions for operand in OPERANDS}
+        chosen = [name for name in plan if name not in operands and plan[name] != held[name]]
         chosen += [name for name in attentions if plan[f"{name}.query"] != held[f"{name}.query"]]
         batches = list(device_batches(self.pool, self.batch_size or 16, self.device))
         widths = candidate_widths(average)
@@ -531,14 +531,6 @@ class DataFreeCalibrator(DataLoader):
 
 
 _WIDTHS = "bits.json"
-
-
-def _is_layer_of(name: str, attentions: Sequence[str]) -> bool:
-    """Whether a place is a layer inside an attention module, and not an operand of its matmuls."""
-    parent, _, child = name.rpartition(".")
-    return parent in attentions and child not in OPERANDS
-
-
 _KINDS: dict[type, str] = {DistillConfig: "distill", ReconstructConfig: "reconstruct"}
 _STAGE_NAMES: dict[type, str] = {
     DistillConfig: "distillation, its refreshes included", ReconstructConfig: "reconstruction"

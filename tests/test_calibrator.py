@@ -17,6 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from borrowed import hooks
+
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import resolve_scheme
@@ -123,11 +125,6 @@ def test_seeds(tiny_vit):
     assert equal(batches(make(tiny_vit)), first)
     for seed in (1, 2**31 - 1, -1):
         assert not equal(batches(make(tiny_vit, seed=seed)), first)
-
-
-def hooks(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def state(model):

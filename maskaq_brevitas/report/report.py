@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.report.figures import (
     Cost,
     PlaceFigures,
@@ -193,7 +192,7 @@ def make_report(
     pool = calibrator.ensure_images()
     measured = calibrator.held_back or pool
     macs = multiply_accumulates(calibrator.float_model)
-    floating = float_snapshot(calibrator.float_model).to(calibrator.device)
+    floating = calibrator.maker.float_snapshot
     pools = {"synthetic": pool, "held-back synthetic": calibrator.held_back}
     with evaluation_mode(calibrator.quant_model):
         places = measure_places(calibrator.quant_model, _batches(calibrator, measured), macs)

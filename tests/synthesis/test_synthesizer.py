@@ -6,6 +6,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from borrowed import hooks
+
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import SynthesisError
@@ -45,11 +47,6 @@ def pair(tiny_vit):
 
 def run(pair, config=SHORT, seed=0, **options):
     return synthesize(*pair, LABELS, config, generator=torch.Generator().manual_seed(seed), **options)
-
-
-def hooks(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def state(model):
