@@ -40,7 +40,11 @@ class DistillConfig:
         include_prefix: whether prefix tokens (the class token) count in the context distance. On ``digits_vit`` at w4a4
             (64 images, 15 epochs, one seed) it changed top-1 by one test image of 599.
         augment: ``"none"``; ``"light"`` (random resized crop of at least 70 % of the area); ``"published"`` (random
-            resized crop, flip, colour jitter, grayscale, blur).
+            resized crop, flip, colour jitter, grayscale, blur); ``"cutmix"`` (the same, then a box of each image is
+            replaced by that of another: the teacher labels what results). Measured on ViT-Tiny at w4a4 (56 synthetic
+            images, 160 steps, bfloat16, one seed; agreement with the float model on crops of the photographs shipped with
+            scikit-image, 8.9 % untuned): light 27.1 %, published 35.9 %, cutmix 38.5 %. On ``digits_vit`` at w3a3 (two
+            seeds) light and published differ by less than their spread.
         precision: arithmetic of the two networks; losses and optimiser stay in float32.
     """
 
@@ -60,7 +64,7 @@ class DistillConfig:
     temperature: float = 5.0
     distance_weight: float = 10.0
     include_prefix: bool = False
-    augment: Literal["none", "light", "published"] = "light"
+    augment: Literal["none", "light", "published", "cutmix"] = "cutmix"
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -90,7 +94,7 @@ class DistillConfig:
             )
         check_choice("refresh_start", self.refresh_start, ("images", "noise"))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        check_choice("augment", self.augment, ("none", "light", "published"))
+        check_choice("augment", self.augment, ("none", "light", "published", "cutmix"))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
 
     @classmethod

@@ -278,7 +278,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
         return images
     size = tuple(images.shape[-2:])
     steps: list[nn.Module] = [v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.9, 1.1), antialias=True)]
-    if kind == "published":
+    if kind in ("published", "cutmix"):
         steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
         if images.shape[1] == 3:
             steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8), v2.RandomGrayscale(p=0.2)]
@@ -287,7 +287,11 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(seed)
-        return torch.stack([change(image) for image in images])
+        images = torch.stack([change(image) for image in images])
+        if kind == "cutmix":
+            # It mixes labels too, which we do not use.
+            images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
+        return images
 
 
 def _make_optimizer(groups: list[dict[str, Any]], config: DistillConfig) -> torch.optim.Optimizer:

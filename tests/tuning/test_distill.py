@@ -171,7 +171,7 @@ def _distiller_with(tiny_vit: nn.Module, quant_model: nn.Module, config: dict) -
     )
 
 
-@pytest.mark.parametrize("kind", ["none", "light", "published"])
+@pytest.mark.parametrize("kind", ["none", "light", "published", "cutmix"])
 def test_augmentation_is_seeded_and_keeps_the_shape(images, kind):
     first = augment(images, kind, _generator())
     assert first.shape == images.shape
@@ -211,3 +211,11 @@ def test_published_values():
     assert (config.learning_rate, config.final_learning_rate) == (1e-3, 1e-5)
     assert (config.epochs, config.refresh_every, config.refresh_start, config.batch_size) == (100, 30, "noise", 16)
     assert (config.temperature, config.distance_weight, config.max_gradient_norm) == (5.0, 10.0, None)
+
+
+def test_cutmix_puts_a_box_of_one_image_into_another():
+    plain = torch.stack([torch.full((3, 32, 32), float(value)) for value in (-0.5, 0.5)])
+    published, mixed = (augment(plain, kind, _generator()) for kind in ("published", "cutmix"))
+    changed = (mixed != published).any(dim=1)
+    assert changed.any() and torch.equal(changed[0], changed[1])
+    assert torch.equal(mixed[0][:, changed[0]], published[1][:, changed[0]])
