@@ -284,7 +284,8 @@ class DataFreeCalibrator(DataLoader):
         """Synthesise again against the quant model as it is now, and replace images of the pool in place.
 
         Args:
-            share: of the pool to replace, in (0, 1]; the images replaced longest ago come first.
+            share: of the optimised images to replace, in (0, 1]; those replaced longest ago come first. Images that are
+                drawn (``synthesis.procedural_share``) do not follow a model, and stay.
             steps: iterations; ``None`` means a quarter of ``synthesis.steps`` from images, all of them from noise.
             start: ``"images"`` continues from the present images, at a quarter of the learning rate; ``"noise"``
                 begins anew. The labels of the images replaced stay the same set, in a new order for ``"noise"``.
@@ -303,7 +304,7 @@ class DataFreeCalibrator(DataLoader):
             self.calibrate()
         if steps is None:
             steps = self.synthesis.steps if start == "noise" else max(1, self.synthesis.steps // 4)
-        count = max(1, round(share * len(self.pool)))
+        count = max(1, round(share * self.maker.refreshable))
         with torch.inference_mode(False), torch.no_grad(), self.stage(f"refresh {self.version + 1}"):
             entry = self.maker.refresh(self._quant_model, self.run, count=count, steps=steps, start=start)
         self.history.append(entry)

@@ -29,7 +29,7 @@ from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SynthesisError
 from maskaq_brevitas.tuning.calibrate import is_calibrated
 
-FAST = SynthesisConfig(steps=2, warmup_steps=1, batch_size=4)
+FAST = SynthesisConfig(steps=2, warmup_steps=1, batch_size=4, procedural_share=0.0)
 SCHEME = dataclasses.replace(resolve_scheme("w4a4"), weight_range="minmax")
 
 

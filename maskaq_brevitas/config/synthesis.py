@@ -29,6 +29,11 @@ class SynthesisConfig:
         batch_size: images optimised together.
         learning_rate: of AdamW at the first iteration, in units of the normalised image.
         final_learning_rate: at the last iteration (cosine schedule).
+        procedural_share: share of the images that are not optimised but drawn: dead leaves
+            (:mod:`maskaq_brevitas.synthesis.procedural`), whose statistics are nearer to photographs. Half of them is better
+            than none at all widths: on ViT-Tiny (32 images, three disjoint sets; KL divergence from the float model in
+            nats, measured as below) w4a8 0.58-0.61 against 0.68-0.86, w6a6 0.45-0.51 against 0.55-0.73, w4a4 2.94-3.04
+            against 3.15; dead leaves alone w4a8 0.84, w6a6 0.48. They cost no iterations.
         init: ``"gaussian"`` (white, per pixel) or ``"low_frequency"`` (1/f amplitude spectrum, as natural images have).
         parameterization: what the optimiser turns: ``"pixel"`` (METHOD.md) or ``"spectrum"`` (1/f-weighted Fourier
             coefficients on decorrelated colour axes).
@@ -61,6 +66,7 @@ class SynthesisConfig:
     steps: int = 100
     warmup_steps: int | None = None
     batch_size: int = 16
+    procedural_share: float = 0.5
     learning_rate: float = 0.05
     final_learning_rate: float = 1e-3
     init: Literal["gaussian", "low_frequency"] = "low_frequency"
@@ -103,8 +109,9 @@ class SynthesisConfig:
         for name in ("mask_start", "mask_end"):
             if not 0 < finite_number(getattr(self, name)) <= 1:
                 raise ConfigurationError(f"{name}: expected a share in (0, 1], got {getattr(self, name)!r}.")
-        if not 0 <= finite_number(self.mask_drop) < 1:
-            raise ConfigurationError(f"mask_drop: expected a share in [0, 1), got {self.mask_drop!r}.")
+        for name in ("mask_drop", "procedural_share"):
+            if not 0 <= finite_number(getattr(self, name)) < 1:
+                raise ConfigurationError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}.")
         for name in ("colour_shift", "colour_scale") + tuple(_TERM_WEIGHTS):
             if not finite_number(getattr(self, name)) >= 0:
                 raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
@@ -130,7 +137,7 @@ class SynthesisConfig:
         coefficient is 2.5e-5 * sqrt(16) (METHOD.md, section 2).
         """
         values: dict[str, Any] = dict(
-            steps=2000, batch_size=16, learning_rate=0.1, final_learning_rate=1e-3, init="gaussian",
+            steps=2000, batch_size=16, procedural_share=0.0, learning_rate=0.1, final_learning_rate=1e-3, init="gaussian",
             parameterization="pixel", head_weight=1.0, class_weight=1.0, tv_weight=2.5e-5 * 4, align_weight=0.1, entropy_weight=1.0,
             tv_norm="l2", head_attention="raw_logits", entropy_attention="raw_logits", align_attention="raw_logits",
             mask_attention="raw_logits", entropy_rows=64, mask_per_layer=False, mask_start=0.5, mask_end=0.1,

@@ -15,14 +15,15 @@ from maskaq_brevitas.progress import BarFactory, random_stream
 from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint
 from maskaq_brevitas.synthesis.pool import SyntheticImages, balanced_labels
-from maskaq_brevitas.synthesis.synthesizer import masked_alignment, synthesize
+from maskaq_brevitas.synthesis.procedural import dead_leaves_images, procedural_places
+from maskaq_brevitas.synthesis.synthesizer import masked_alignment, seen_by, synthesize
 
 __all__ = ["PoolMaker", "RefreshStart", "device_batches", "drop_batches"]
 
 RefreshStart = Literal["images", "noise"]
 
 # Numbers of random streams that belong to no batch.
-_LABELS, _HELD_BACK_LABELS = 99_999, 99_998
+_LABELS, _HELD_BACK_LABELS, _DRAWN, _HELD_BACK_DRAWN = 99_999, 99_998, 99_997, 99_996
 _WARM_RATE = 0.25
 
 
@@ -97,11 +98,15 @@ class PoolMaker:
         Raises:
             SynthesisError: if an image stays non-finite after the configured number of draws.
         """
-        labels = self._labels(len(self.pool), 1, _LABELS)
-        jobs = [(self.pool, chunk, labels[chunk]) for chunk in self._chunks(torch.arange(len(self.pool)))]
-        if self.held_back is not None:
-            labels = self._labels(len(self.held_back), 1, _HELD_BACK_LABELS)
-            jobs += [(self.held_back, part, labels[part]) for part in self._chunks(torch.arange(len(self.held_back)))]
+        jobs: list[tuple[SyntheticImages, Tensor, Tensor]] = []
+        for pool, label_stream, drawn_stream in (
+            (self.pool, _LABELS, _DRAWN), (self.held_back, _HELD_BACK_LABELS, _HELD_BACK_DRAWN)
+        ):  # fmt: skip
+            if pool is not None:
+                self._draw(pool, random_stream(self.seed, 1, drawn_stream))
+                places = self._synthesised(pool)
+                labels = self._labels(len(places), 1, label_stream)
+                jobs += [(pool, places[part], labels[part]) for part in self._chunks(torch.arange(len(places)))]
         self._make(1, jobs, quant_snapshot, self.config.steps, "Synthesising images", run)
 
     def refresh(
@@ -109,7 +114,10 @@ class PoolMaker:
     ) -> dict[str, Any]:
         """Make the ``count`` images that are oldest again, against a calibrated quant model, as the pool's next version.
 
+        Images that were drawn and not optimised stay.
+
         Args:
+            count: at most :attr:`refreshable`.
             steps: iterations.
             start: ``"images"`` continues from the present images, at a quarter of the learning rate; ``"noise"`` begins
                 anew, with the labels of these images in a new order.
@@ -131,7 +139,8 @@ class PoolMaker:
             entry["alignment_before"] = self.alignment(snapshot)
             if run is not None:  # the images that it was measured on will be gone
                 run.write_json(name, {**plan, **entry})
-        indices = self.pool.made_at.argsort(stable=True)[:count].sort().values
+        places = self._synthesised(self.pool)
+        indices = places[self.pool.made_at[places].argsort(stable=True)[:count]].sort().values
         labels = self.pool.labels[indices].clone()
         if start == "noise":
             labels = labels[torch.randperm(count, generator=random_stream(self.seed, version, _LABELS))]
@@ -147,10 +156,10 @@ class PoolMaker:
 
     @torch.no_grad()
     def alignment(self, quant_snapshot: nn.Module) -> float:
-        """Mean masked attention distance between float and quant model over the pool; lower is closer."""
+        """Mean masked attention distance between float and quant model over the optimised images; lower is closer."""
         values = [
-            masked_alignment(self.float_snapshot, quant_snapshot, self.geometry, images, self.config)
-            for images in device_batches(self.pool, self.config.batch_size, self.device)
+            masked_alignment(self.float_snapshot, quant_snapshot, self.geometry, images.to(self.device), self.config)
+            for images in map(self.pool.images, self.pool.pixels[self._synthesised(self.pool)].split(self.config.batch_size))
         ]
         return float(torch.cat(values).mean())
 
@@ -169,6 +178,25 @@ class PoolMaker:
         if self.held_back is not None:
             self.held_back.load(run.file("held_back.safetensors"))
         self.pool.load(run.file("images.safetensors"))
+
+    @property
+    def refreshable(self) -> int:
+        """Number of images in the pool that are optimised, and so can follow the quant model."""
+        return len(self._synthesised(self.pool))
+
+    def _synthesised(self, pool: SyntheticImages) -> Tensor:
+        """Indices of the images that are optimised; the others are drawn."""
+        return (~procedural_places(len(pool), self.config.procedural_share)).nonzero().flatten()
+
+    def _draw(self, pool: SyntheticImages, generator: torch.Generator) -> None:
+        """Put the images that no optimiser makes; their label is what the float model sees in them."""
+        places = procedural_places(len(pool), self.config.procedural_share).nonzero().flatten()
+        for chunk in self._chunks(places) if len(places) else ():
+            shares = dead_leaves_images((len(chunk), *self.geometry.input_size), generator)
+            images = self.geometry.normalize(shares)
+            outputs, informative = seen_by(self.float_snapshot, self.geometry, images.to(self.device), self.config)
+            labels = outputs.argmax(dim=-1) if self.geometry.num_classes else torch.zeros(len(chunk), dtype=torch.long)
+            pool.put(chunk, images, labels, informative)
 
     def _labels(self, count: int, version: int, number: int) -> Tensor:
         return balanced_labels(count, self.geometry.num_classes, random_stream(self.seed, version, number))

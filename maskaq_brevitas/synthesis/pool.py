@@ -35,7 +35,8 @@ class SyntheticImages(Dataset):
 
     Attributes:
         pixels: ``(images, channels, height, width)``, uint8.
-        labels: ``(images,)``, int64: the class that each image was synthesised for.
+        labels: ``(images,)``, int64: the class that each image was synthesised for, or, of an image that was drawn, what
+            the float model sees in it.
         informative: ``(images, patches)``, bool.
         made_at: ``(images,)``, int64: the version in which each image was made last.
         version: how often the pool was made or replaced, in whole or in part; 0 means that no image has been made.

@@ -17,7 +17,7 @@ from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.synthesis import augment, masks, objectives
 from maskaq_brevitas.synthesis.parameterize import ImageParameter, PixelParameter, SpectrumParameter
 
-__all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "synthesize"]
+__all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "seen_by", "synthesize"]
 
 _PARAMETERS: dict[str, type[ImageParameter]] = {"pixel": PixelParameter, "spectrum": SpectrumParameter}
 
@@ -126,17 +126,32 @@ def synthesize(
             )  # fmt: skip
             images[again.to(device)] = repeated.images.to(device)
             batch.redrawn += repeated.redrawn
-        with torch.no_grad(), _autocast(config, device):
-            float_snapshot(images)
-        received = masks.received_attention(
-            _attention(seen_by_float, config.mask_attention, geometry, float_snapshot), geometry.prefix_tokens,
-            geometry.class_token,
-        )  # fmt: skip
-    batch.informative = masks.informative_mask(received.mean(dim=0), config.mask_end).cpu()
+    _, batch.informative = seen_by(float_snapshot, geometry, images, config)
     batch.images = images.cpu()
     if not torch.isfinite(batch.images).all():
         raise SynthesisError("The synthesised images are not finite; try a lower learning rate.")
     return batch
+
+
+@torch.no_grad()
+def seen_by(
+    float_snapshot: nn.Module, geometry: Geometry, images: Tensor, config: SynthesisConfig
+) -> tuple[Tensor, Tensor]:
+    """What the float model makes of finished images: its outputs, and the informative patches at ``config.mask_end``.
+
+    Args:
+        images: normalised, ``(batch, channels, height, width)``, on the model's device.
+
+    Returns:
+        Outputs ``(batch, outputs)`` and mask ``(batch, patches)``, boolean; both on the CPU.
+    """
+    with attention_tap(float_snapshot, *_tap_points(config)) as seen, _autocast(config, images.device):
+        outputs = float_snapshot(images)
+        received = masks.received_attention(
+            _attention(seen, config.mask_attention, geometry, float_snapshot), geometry.prefix_tokens,
+            geometry.class_token,
+        )  # fmt: skip
+    return outputs.float().cpu(), masks.informative_mask(received.mean(dim=0), config.mask_end).cpu()
 
 
 @torch.no_grad()
