@@ -40,7 +40,7 @@ def make_calibrator(model: nn.Module, **changes) -> DataFreeCalibrator:
     scheme = replace(resolve_scheme("w4a4"), weight_range="minmax", activation_range="minmax")
     options = dict(
         scheme=scheme, num_images=6, held_back=2, batch_size=4, seed=0, progress=False,
-        synthesis=SynthesisConfig(steps=2, warmup_steps=1, batch_size=4),
+        synthesis=SynthesisConfig(steps=2, warmup_steps=1, batch_size=4, procedural_share=0.0),
     )  # fmt: skip
     return DataFreeCalibrator(model, **{**options, **changes})
 
@@ -256,7 +256,7 @@ def test_a_refresh_is_warm_with_a_quarter_of_rate_and_steps(tiny_vit, monkeypatc
         return module_synthesize(*args, **kwargs)
 
     module_synthesize = module.synthesize
-    calibrator = make_calibrator(tiny_vit, synthesis=SynthesisConfig(steps=8, warmup_steps=1, batch_size=8))
+    calibrator = make_calibrator(tiny_vit, synthesis=SynthesisConfig(steps=8, warmup_steps=1, batch_size=8, procedural_share=0.0))
     calibrator.calibrate()
     before = calibrator.pool.images()
     monkeypatch.setattr(module, "synthesize", spy)

@@ -16,6 +16,7 @@ from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.synthesis import augment, masks, objectives
 from maskaq_brevitas.synthesis.parameterize import ImageParameter, PixelParameter, SpectrumParameter
+from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 
 __all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "seen_by", "synthesize"]
 
@@ -83,7 +84,7 @@ def synthesize(
     shape = (len(labels), *geometry.input_size)
     if start is not None and tuple(start.shape) != shape:
         raise InputError(f"start: expected images of shape {shape}, got {tuple(start.shape)}.")
-    first = draw_start(config.init, shape, high - low, generator) if start is None else start.clone()
+    first = draw_start(config.init, shape, low, high, generator) if start is None else start.clone()
     parameter = _PARAMETERS[config.parameterization](first.to(device), low, high)
     optimizer = torch.optim.AdamW([parameter.value], lr=peak_rate, weight_decay=0.0)
     draws = torch.zeros(len(labels), dtype=torch.long)
@@ -184,16 +185,21 @@ def masked_alignment(
         return objectives.masked_alignment_loss(float_rows, quant_rows, mask)
 
 
-def draw_start(init: str, shape: tuple[int, int, int, int], span: Tensor, generator: torch.Generator) -> Tensor:
+def draw_start(
+    init: str, shape: tuple[int, int, int, int], low: Tensor, high: Tensor, generator: torch.Generator
+) -> Tensor:
     """Starting images of the kind ``init`` (see :class:`~maskaq_brevitas.config.SynthesisConfig`), on the CPU.
 
     Args:
-        span: white minus black in normalised units, ``(channels, 1, 1)``. Low-frequency images get a deviation of a
-            fifth of it, a typical contrast of photographs; Gaussian ones get 1 as published.
+        low, high: black and white in normalised units, ``(channels, 1, 1)``. Low-frequency images get a deviation of a
+            fifth of what lies between, a typical contrast of photographs; Gaussian ones get 1 as published.
     """
+    low, high = low.cpu(), high.cpu()
+    if init == "dead_leaves":
+        return low + (high - low) * dead_leaves_images(shape, generator)
     if init == "gaussian":
         return augment.gaussian_images(shape, generator)
-    return augment.low_frequency_images(shape, generator) * 0.2 * span.cpu()
+    return augment.low_frequency_images(shape, generator) * 0.2 * (high - low)
 
 
 def _terms(
@@ -310,7 +316,7 @@ def _redraw(
             "as many new draws as max_redraws allows. The float or the quantized model gives NaN or infinity: check its weights, "
             "or raise max_redraws."
         )
-    fresh = draw_start(config.init, (int(broken.sum()), *shape[1:]), parameter.high - parameter.low, generator)
+    fresh = draw_start(config.init, (int(broken.sum()), *shape[1:]), parameter.low, parameter.high, generator)
     where = broken.to(gradient.device)
     parameter.put(where, fresh.to(gradient.device))
     gradient[where] = 0

@@ -8,6 +8,7 @@ from maskaq_brevitas.synthesis import maker
 from maskaq_brevitas.synthesis.augment import low_frequency_images
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.procedural import procedural_places
+from maskaq_brevitas.synthesis.synthesizer import draw_start
 
 
 def generator(seed=0):
@@ -50,6 +51,13 @@ def test_power_falls_like_that_of_photographs():
     inside = (frequency > 3 / 64) & (frequency < 0.4)
     slope = np.polyfit(np.log(frequency[inside]), np.log(power[inside]), 1)[0]
     assert -3.2 < slope < -1.6  # photographs: -2, give or take 0.5
+
+
+def test_synthesis_can_start_from_dead_leaves():
+    low, high = torch.tensor([-2.0, -1.0, 0.0]).view(3, 1, 1), torch.tensor([2.0, 3.0, 1.0]).view(3, 1, 1)
+    start = draw_start("dead_leaves", (2, 3, 16, 16), low, high, generator())
+    shares = dead_leaves_images((2, 3, 16, 16), generator())
+    torch.testing.assert_close((start - low) / (high - low), shares)
 
 
 @pytest.mark.parametrize(("count", "share", "expected"), (

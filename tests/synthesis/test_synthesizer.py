@@ -111,7 +111,7 @@ def test_same_seed_same_bytes(pair):
     "change",
     (
         {"align_weight": 0.0}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"flip": True},
-        {"head_attention": "probabilities"}, {"align_attention": "probabilities"}, {"init": "low_frequency"},
+        {"head_attention": "probabilities"}, {"align_attention": "probabilities"}, {"init": "low_frequency"}, {"init": "dead_leaves"},
         {"tv_norm": "l1"}, {"precision": "bfloat16"}, {"mask_drop": 0.0}, {"colour_shift": 0.0}, {"jitter": 0},
         {"parameterization": "spectrum"}, {"align_attention": "logits"}, {"mask_attention": "probabilities"},
         {"mask_start": 1.0}, {"entropy_attention": "logits"}, {"class_weight": 0.0}, {"head_weight": 0.0},
