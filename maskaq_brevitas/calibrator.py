@@ -16,18 +16,20 @@ from torch.utils.data import DataLoader
 
 from maskaq_brevitas.config import (
     DistillConfig,
+    EffortName,
     LayerBits,
     ReconstructConfig,
     Scheme,
     SynthesisConfig,
     TuningConfig,
+    resolve_effort,
     resolve_scheme,
     to_mapping,
 )
 from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
 from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
-from maskaq_brevitas.progress import bars, stage
+from maskaq_brevitas.progress import bars, random_stream, stage
 from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
@@ -44,9 +46,9 @@ from maskaq_brevitas.tuning.allocate import (
 )
 from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration
 from maskaq_brevitas.tuning.checkpoint import load_checkpoint
-from maskaq_brevitas.tuning.distill import OptimizerFactory
+from maskaq_brevitas.tuning.distill import OptimizerFactory, augment
 from maskaq_brevitas.tuning.distill_stage import DistillStage, refresh_is_due
-from maskaq_brevitas.tuning.ranges import search_ranges
+from maskaq_brevitas.tuning.ranges import search_ranges, set_channel_scales, undo_bias_correction
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.state import load_quant_state
 
@@ -65,6 +67,8 @@ class DataFreeCalibrator(DataLoader):
         quant_model: a Brevitas model of it that exists already; ``None`` swaps the layers by ``scheme``.
         scheme: name (``"w4a8"``, ``"strict-w4a4"`` ...) or :class:`~maskaq_brevitas.config.Scheme`.
         overrides: shell pattern of layer names -> ``wXaY``.
+        effort: ``"fast"`` (calibration only), ``"default"`` or ``"best"``: sets ``num_images``, ``synthesis`` and
+            ``tuning`` where they are not given. README tells minutes and accuracy of each.
         num_images: images in the pool.
         batch_size: images per batch of the loader.
         steps: iterations of synthesis per batch; overrides ``synthesis.steps``.
@@ -72,7 +76,7 @@ class DataFreeCalibrator(DataLoader):
             ``num_images``, at least 8.
         synthesis: everything else about how images are made.
         tuning: how :meth:`quantize` tunes the quant model, one configuration or several that follow each other;
-            ``None`` only calibrates it.
+            an empty list only calibrates it, ``None`` means that of ``effort``.
         seed: of all randomness. Same seed, machine and thread count: the same bytes.
         device: where the networks run; ``None`` means where ``float_model`` is.
         run_dir: folder in which finished batches and results are kept, so that an interrupted run can continue.
@@ -101,7 +105,8 @@ class DataFreeCalibrator(DataLoader):
         *,
         scheme: str | Scheme = "w4a8",
         overrides: Mapping[str, str] | None = None,
-        num_images: int = 64,
+        effort: EffortName = "fast",
+        num_images: int | None = None,
         batch_size: int = 16,
         steps: int | None = None,
         held_back: int | None = None,
@@ -118,16 +123,18 @@ class DataFreeCalibrator(DataLoader):
             raise ConfigurationError(
                 "persistent_workers=True would go on serving the images of before a refresh. Leave it out."
             )
+        work = resolve_effort(effort)
+        num_images = work.num_images if num_images is None else num_images
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
         self.float_model = float_model
         self.geometry: Geometry = read_geometry(float_model)
         self.scheme = resolve_scheme(scheme)
         self.overrides = dict(overrides or {})
-        synthesis = synthesis or SynthesisConfig()
+        synthesis = synthesis or SynthesisConfig(steps=work.steps, procedural_share=work.procedural_share)
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
-        self.tuning = _tunings(tuning)
+        self.tuning = _tunings(work.tuning if tuning is None else tuning)
         self.seed = seed
         self.device = torch.device(device) if device is not None else next(float_model.parameters()).device
         self.progress = progress
@@ -486,11 +493,20 @@ class DataFreeCalibrator(DataLoader):
         """Calibrate a quant model in place; what equalisation and range search found."""
         places: list[EqualizedPlace] = []
         factors: dict[str, float] = {}
+        if self._owns_quant_model:
+            undo_bias_correction(quant_model)
         if self._owns_quant_model and self.scheme.equalize:
+            # Ranges have to hold for images unlike these: crops, mixtures, other colours and contrasts of them help.
+            varied = random_stream(self.seed, _VARIANTS)
+            batches = [*batches, *(augment(images.cpu(), "cutmix", varied, self.geometry).to(self.device) for images in batches)]
             places = equalize(quant_model, batches)
         calibrate(quant_model, batches)
+        set_channel_scales(quant_model, {
+            name: place.scales for place in places if place.scales is not None for name in place.consumers
+        })  # fmt: skip
         # Equalisation widens columns of weights, in which a row's own least error is not that of the layer's output.
         wanted = dict(activations=self.scheme.activation_range == "search", weights=self.scheme.weight_range == "mse")
+        wanted["biases"] = self.scheme.bias_correction
         if self._owns_quant_model and any(wanted.values()):
             factors = search_ranges(quant_model, batches, **wanted)
         return places, factors
@@ -532,6 +548,8 @@ class DataFreeCalibrator(DataLoader):
 
 
 _WIDTHS = "bits.json"
+# Random stream of the variants of calibration images.
+_VARIANTS = 4_000_000
 _KINDS: dict[type, str] = {DistillConfig: "distill", ReconstructConfig: "reconstruct"}
 _STAGE_NAMES: dict[type, str] = {
     DistillConfig: "distillation, its refreshes included", ReconstructConfig: "reconstruction"

@@ -6,6 +6,7 @@ Every error derives from :class:`MaskAQError` and from the builtin that a caller
 
 __all__ = [
     "CheckpointError",
+    "CompilationWarning",
     "ConfigurationError",
     "DataError",
     "ExportError",
@@ -77,3 +78,7 @@ class MaskAQWarning(UserWarning):
 
 class SkippedLayerWarning(MaskAQWarning):
     """A layer of the model stays in float because no quantized twin is registered for its type."""
+
+
+class CompilationWarning(MaskAQWarning):
+    """``torch.compile`` failed; the run goes on without it, more slowly."""

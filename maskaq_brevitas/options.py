@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
+from maskaq_brevitas.config import EFFORTS, DistillConfig, ReconstructConfig, SynthesisConfig, resolve_effort
 from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = ["COMMANDS", "parse", "read_saved", "to_yaml", "top_parser"]
@@ -69,10 +69,18 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
         ConfigurationError: unknown option or key, or a value of the wrong kind.
     """
     parser, actions = _command_parser(command)
-    options = parser.parse_intermixed_args(arguments)
-    if getattr(options, "config", None) is not None:
-        options = _parse_values(parser, actions, _read_yaml(Path(options.config)), options.config, arguments)
+
+    def parsed() -> argparse.Namespace:
+        options = parser.parse_intermixed_args(arguments)
+        if getattr(options, "config", None) is not None:
+            options = _parse_values(parser, actions, _read_yaml(Path(options.config)), options.config, arguments)
+        return options
+
+    options = parsed()
     if command == "quantize":
+        # The effort sets the defaults of other options, and what is said of those still counts.
+        parser.set_defaults(**_effort_values(options.effort))
+        options = parsed()
         if options.model is None:
             raise ConfigurationError("Expected a MODEL, got none: name one, or give a --config that does.")
         if options.overwrite and options.resume:
@@ -127,11 +135,15 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
         "command line overrides it (repeated --override add to it)")  # fmt: skip
     add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm downloads its own")
     add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
-        "embedding, head and attention probabilities at 8), strict-wXaY (everything at XY), or auto")  # fmt: skip
+        "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY (one "
+        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), or auto")  # fmt: skip
     add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by layer, "
         "by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",
         help="other bits for the layers that a shell pattern matches, e.g. 'blocks.*.mlp.fc2=w4a8'; repeatable")
+    add("--effort", choices=tuple(EFFORTS), default="fast", help="sets the defaults of --images, --steps, --tune, --epochs, "
+        "--refresh-every and --tuning.*: fast only calibrates; default and best distil, for minutes and for about an hour "
+        "on two cores (ViT-Tiny)")  # fmt: skip
     add("--images", type=int, default=64, metavar="N", help="synthetic images")
     add("--steps", type=int, default=SynthesisConfig.steps, metavar="N", help="iterations of synthesis per batch")
     add("--batch-size", type=int, default=16, metavar="N", help="images per batch, in synthesis and calibration")
@@ -163,6 +175,21 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
             if entry.name not in short:
                 add(f"--{section}.{entry.name}", group=group, default=entry.default,
                     help=texts.get(entry.name, "").replace("%", "%%"), **_argument_type(hints[entry.name]))
+
+
+def _effort_values(name: str) -> dict[str, Any]:
+    """Options of ``quantize`` that an effort sets, by destination."""
+    effort = resolve_effort(name)  # type: ignore[arg-type]
+    values: dict[str, Any] = {
+        "images": effort.num_images, "steps": effort.steps, "synthesis.procedural_share": effort.procedural_share
+    }  # fmt: skip
+    if effort.tuning is not None:
+        short = _SECTIONS["tuning"][1]
+        values["tune"] = "distill"
+        values.update({
+            key if key in short else f"tuning.{key}": value for key, value in vars(effort.tuning).items()
+        })  # fmt: skip
+    return values
 
 
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:

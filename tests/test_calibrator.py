@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from borrowed import hooks
 
 from maskaq_brevitas import DataFreeCalibrator
-from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import EFFORTS, SynthesisConfig
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import InputError
@@ -99,7 +99,7 @@ def test_loader_arguments(tiny_vit):
 
 
 def test_bad_arguments(tiny_vit):
-    for count in (0, -3, 2.0, True, None):
+    for count in (0, -3, 2.0, True):
         with pytest.raises(InputError, match="num_images: expected a whole number >= 1"):
             make(tiny_vit, num_images=count)
     with pytest.raises(ConfigurationError, match="persistent_workers=True would go on serving the images of before"):
@@ -110,6 +110,18 @@ def test_bad_arguments(tiny_vit):
         make(tiny_vit, overrides={"blocks.9.*": "w8a8"})
     with pytest.raises(ModelError, match="has no attention"):
         make(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def test_effort_sets_what_is_not_given(tiny_vit):
+    best = EFFORTS["best"]
+    calibrator = DataFreeCalibrator(tiny_vit, effort="best", progress=False)
+    assert (len(calibrator.pool), calibrator.tuning) == (best.num_images, (best.tuning,))
+    assert (calibrator.synthesis.steps, calibrator.synthesis.procedural_share) == (best.steps, best.procedural_share)
+    calibrator = DataFreeCalibrator(tiny_vit, effort="best", num_images=9, steps=3, tuning=[], progress=False)
+    assert (len(calibrator.pool), calibrator.synthesis.steps, calibrator.tuning) == (9, 3, ())
+    assert len(DataFreeCalibrator(tiny_vit, progress=False).pool) == EFFORTS["fast"].num_images
+    with pytest.raises(ConfigurationError, match="effort: expected one of fast, default, best"):
+        DataFreeCalibrator(tiny_vit, effort="more")
 
 
 def test_refused_arguments_leave_no_run_directory(tiny_vit, tmp_path):

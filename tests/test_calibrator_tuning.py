@@ -21,6 +21,7 @@ from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.run_directory import RunDirectory
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.calibrate import is_calibrated
+from maskaq_brevitas.tuning.distill import Distiller
 
 TUNING = DistillConfig(epochs=3, refresh_every=1, refresh_steps=1, batch_size=4, learning_rate=1e-4)
 RESULTS = ("images.safetensors", "held_back.safetensors", "quant_model.safetensors")
@@ -102,6 +103,31 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
         assert child.returncode == -signal.SIGKILL, child.stderr
     make_calibrator(small_vit(), run_dir=run, run_mode="resume").quantize(TUNING)
     assert _results(run) == _results(tmp_path / "whole")
+
+
+def test_images_drawn_for_the_tuning_are_the_same_after_a_resume(tmp_path, monkeypatch):
+    tuning = replace(
+        TUNING, drawn_images=5, steps_per_epoch=3, refresh_every=None, distance_weight=0.0, feature_weight=1.0
+    )  # fmt: skip
+    make_calibrator(small_vit(), run_dir=tmp_path / "whole").quantize(tuning)
+    train, seen = Distiller.train_epoch, []
+
+    def interrupted(self, batches, *rest, **options):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        # One by one, as the epoch asks for them: the augmentation draws from the same generator in between.
+        return train(self, (seen.append(batch) or batch for batch in batches), *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Distiller, "train_epoch", interrupted)
+        make_calibrator(small_vit(), run_dir=tmp_path / "killed").quantize(tuning)
+    resumed = make_calibrator(small_vit(), run_dir=tmp_path / "killed", run_mode="resume")
+    resumed.quantize(tuning)
+    assert _results(tmp_path / "killed") == _results(tmp_path / "whole")
+    # Three batches of two images of the pool and two of the drawn ones each.
+    assert [len(batch) for batch in seen] == [4, 4, 4]
+    pool = {image.numpy().tobytes() for image in resumed.pool.images()}
+    assert [[image.numpy().tobytes() in pool for image in batch] for batch in seen] == [[True, True, False, False]] * 3
 
 
 def test_an_error_in_the_middle_of_a_refresh_leaves_the_pool_whole(tiny_vit, tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from maskaq_brevitas import cli
-from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
+from maskaq_brevitas.config import EFFORTS, DistillConfig, ReconstructConfig, SynthesisConfig
+from maskaq_brevitas.options import parse, to_yaml
 from maskaq_brevitas.synthesis import maker
 
 TINY = ["--images", "4", "--batch-size", "4", "--steps", "2", "--eval-limit", "20", "--quiet"]
@@ -60,6 +61,19 @@ def test_the_main_job(tmp_path, capsys):
     assert cli.main(["export", str(out), "--batch", "dynamic"]) == 0
     assert "passed: executed on 8 images" in capsys.readouterr().out
     assert (out / "model.onnx").is_file()
+
+
+def test_an_effort_sets_defaults_and_what_is_said_still_counts(tmp_path):
+    best = EFFORTS["best"]
+    options = parse("quantize", ["digits_vit", "--effort", "best", "--steps", "7", "--tuning.drawn_images", "3"])
+    assert (options.images, options.steps, options.tune, options.epochs) == (best.num_images, 7, "distill", best.tuning.epochs)
+    assert vars(options)["tuning.drawn_images"] == 3
+    assert vars(options)["tuning.feature_weight"] == best.tuning.feature_weight > 0
+    (tmp_path / "saved.yaml").write_text(to_yaml(options))
+    again = parse("quantize", ["--config", str(tmp_path / "saved.yaml")])
+    assert {**vars(again), "config": None} == {**vars(options), "config": None}
+    plain = parse("quantize", ["digits_vit"])
+    assert (plain.effort, plain.tune, plain.images) == ("fast", "none", EFFORTS["fast"].num_images)
 
 
 def test_evaluate_gives_the_figures_of_the_run(short_run, capsys):

@@ -5,11 +5,14 @@ import sys
 
 import pytest
 
+from maskaq_brevitas.config import EFFORTS
+from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import LayerBits
 from maskaq_brevitas.config import Scheme
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import from_mapping
 from maskaq_brevitas.config import parse_bits
+from maskaq_brevitas.config import resolve_effort
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
@@ -152,3 +155,35 @@ def test_needs_no_torch():
     import maskaq_brevitas
 
     subprocess.run([sys.executable, "-c", code, maskaq_brevitas.__path__[0]], check=True)
+
+
+def test_scheme_families_differ_in_their_scales():
+    assert resolve_scheme("w4a4").input_scales == "channel"
+    for name in ("tensor-w4a4", "strict-w4a4"):
+        assert resolve_scheme(name).input_scales == "tensor"
+    assert resolve_scheme("tensor-w4a4").head == LayerBits(8, 8)
+    with pytest.raises(ConfigurationError, match="Unknown scheme 'channel-w4a4'. Expected wXaY, tensor-wXaY"):
+        resolve_scheme("channel-w4a4")
+
+
+def test_efforts_grow():
+    fast, default, best = (resolve_effort(name) for name in EFFORTS)
+    assert list(EFFORTS) == ["fast", "default", "best"] and fast.tuning is None
+    assert best.num_images > default.num_images >= fast.num_images
+    assert best.tuning.epochs > default.tuning.epochs
+    with pytest.raises(ConfigurationError, match="effort: expected one of fast, default, best, got 'bst'"):
+        resolve_effort("bst")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(steps_per_epoch=0), "steps_per_epoch: expected a whole number >= 1"),
+        (dict(drawn_images=-1), "drawn_images: expected a whole number >= 0"),
+        (dict(feature_weight=-1.0), "feature_weight: expected a number >= 0"),
+        (dict(compile="maybe"), "compile: expected one of auto, always, never"),
+    ],
+)
+def test_new_tuning_options_are_checked(values, message):
+    with pytest.raises(ConfigurationError, match=message):
+        DistillConfig(**values)

@@ -26,6 +26,7 @@ def test_missing_extra_names_the_command():
 
 def test_warnings_can_be_filtered():
     assert issubclass(errors.SkippedLayerWarning, errors.MaskAQWarning)
+    assert issubclass(errors.CompilationWarning, errors.MaskAQWarning)
     assert issubclass(errors.MaskAQWarning, UserWarning)
 
 

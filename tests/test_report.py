@@ -73,7 +73,7 @@ def test_bops_by_hand(report):
 def test_bytes_by_hand(report, digits_vit):
     weights = {"4": DEPTH * (3 * DIM * DIM + DIM * DIM + 2 * DIM * HIDDEN), "8": 3 * 4 * 4 * DIM + 10 * DIM}
     channels = DEPTH * (3 * DIM + DIM + HIDDEN + DIM) + DIM + 10
-    quantizers = DEPTH * (4 + len(OPERANDS)) + 2
+    quantizers = DEPTH * (DIM + 1 + DIM + HIDDEN + len(OPERANDS)) + 2  # qkv, proj, fc1, fc2: scales of their inputs
     parameters = sum(parameter.numel() for parameter in digits_vit.parameters())
     rest = parameters - sum(weights.values())
     channel_affines = DEPTH * 2 * HIDDEN
@@ -106,9 +106,10 @@ def test_sqnr_of_weights_and_activations(calibrator, report, name):
         calibrator.quant_model(calibrator.held_back.images())
     handle.remove()
     top = 2 ** (place.activation.bits - 1)
-    low, high = place.activation.scale
-    assert low == high
-    assert place.activation.sqnr == pytest.approx(decibels(seen[0], low, -top, top - 1), abs=0.01)
+    scale = layer.input_quant.scale().detach().double().numpy()
+    assert scale.size == (DIM if name == "blocks.1.attn.qkv" else 1)
+    assert place.activation.scale == (pytest.approx(scale.min()), pytest.approx(scale.max()))
+    assert place.activation.sqnr == pytest.approx(decibels(seen[0], scale, -top, top - 1), abs=0.01)
 
     weight = layer.weight.detach().double().numpy()
     scale = layer.quant_weight().scale.detach().double().numpy()

@@ -4,6 +4,7 @@ Every class checks its values on construction and refuses unknown keys, so that 
 error and not a default.
 """
 
+from maskaq_brevitas.config.efforts import EFFORTS, Effort, EffortName, resolve_effort
 from maskaq_brevitas.config.mapping import from_mapping, to_mapping
 from maskaq_brevitas.config.scheme import SCHEME_NAMES, LayerBits, Scheme, parse_bits, resolve_scheme
 from maskaq_brevitas.config.synthesis import AttentionKind, SynthesisConfig
@@ -12,6 +13,9 @@ from maskaq_brevitas.config.tuning import DistillConfig, ReconstructConfig, Tuni
 __all__ = [
     "AttentionKind",
     "DistillConfig",
+    "EFFORTS",
+    "Effort",
+    "EffortName",
     "LayerBits",
     "ReconstructConfig",
     "SCHEME_NAMES",
@@ -20,6 +24,7 @@ __all__ = [
     "TuningConfig",
     "from_mapping",
     "parse_bits",
+    "resolve_effort",
     "resolve_scheme",
     "to_mapping",
 ]

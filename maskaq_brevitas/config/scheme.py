@@ -66,9 +66,16 @@ class Scheme:
         gelu: quantizer behind the MLP's activation function: ``"asymmetric"`` (unsigned with a zero point) or
             ``"signed"`` (zero point 0, as FINN wants).
         softmax: ``"unsigned"`` or ``"signed"`` (half of the codes unused, as FINN wants).
+        input_scales: ``"channel"``: what a LayerNorm or the MLP's activation function gives to a linear layer is quantized
+            with one scale per channel (each channel's codes still have the nominal width; a thresholding back-end takes
+            the scales for nothing, an integer matmul has to multiply by them before it accumulates). ``"tensor"``: one
+            scale, as everywhere else in the graph; channels of unequal range then cost accuracy at low bits.
         equalize: range of the channels of LayerNorm outputs and MLP hidden units before they are quantized:
             ``True`` shifts and scales every channel to one common symmetric range and folds the inverse into the
-            next weight (and, for a LayerNorm, into its affine part), so that the graph keeps per-tensor quantizers.
+            next weight (and, for a LayerNorm, into its affine part), so that the graph keeps per-tensor quantizers. With
+            ``input_scales="channel"`` channels are only shifted; their scales stay in the quantizer.
+        bias_correction: whether the mean error that rounding a weight leaves in a linear layer's output, on the synthetic
+            images, is taken off its bias.
         average_bits: mixed precision: the widths of the layers at nominal bits are chosen by their sensitivity, such that
             the model costs no more bit operations than with this (fractional) width everywhere; ``bits`` is what images
             are synthesised against. ``None``: all at ``bits``.
@@ -83,7 +90,9 @@ class Scheme:
     activation_range: Literal["percentile", "minmax", "mse", "search"] = "search"
     gelu: Literal["asymmetric", "signed"] = "asymmetric"
     softmax: Literal["unsigned", "signed"] = "unsigned"
+    input_scales: Literal["channel", "tensor"] = "tensor"
     equalize: bool = True
+    bias_correction: bool = True
     average_bits: float | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +111,9 @@ class Scheme:
         check_choice("activation_range", self.activation_range, ("percentile", "minmax", "mse", "search"))
         check_choice("gelu", self.gelu, ("asymmetric", "signed"))
         check_choice("softmax", self.softmax, ("unsigned", "signed"))
+        check_choice("input_scales", self.input_scales, ("channel", "tensor"))
         check_bool("equalize", self.equalize)
+        check_bool("bias_correction", self.bias_correction)
         if self.average_bits is not None and not 2 <= finite_number(self.average_bits) <= 8:
             raise ConfigurationError(f"Scheme.average_bits: expected 2 to 8 bits or None, got {self.average_bits!r}.")
 
@@ -116,12 +127,14 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
     """The scheme of a name.
 
     ``wXaY`` keeps patch embedding, head and attention probabilities at 8 bits (comparable with FIMA-Q and GLF-Q, which
-    keep the first and last layer at 8; the probabilities are ours, and reports name them). ``strict-wXaY`` puts every
-    layer and operand at the nominal widths (comparable with MaskAQ's table). ``auto-B`` chooses widths layer by layer
-    within the bit operations of B bits everywhere (``auto-4.5``); patch embedding, head and probabilities as in ``wXaY``.
+    keep the first and last layer at 8; the probabilities are ours, and reports name them), and has one scale per channel
+    behind LayerNorms and GELU. ``tensor-wXaY`` is the same with one scale per tensor everywhere. ``strict-wXaY`` puts every
+    layer and operand at the nominal widths, with one scale per tensor (comparable with MaskAQ's table). ``auto-B``
+    chooses widths layer by layer within the bit operations of B bits everywhere (``auto-4.5``); the rest as in ``wXaY``.
 
     Args:
-        scheme: ``"wXaY"``, ``"strict-wXaY"`` or ``"auto-B"`` with 2 <= X, Y, B <= 8, or a :class:`Scheme`, which is returned as it is.
+        scheme: ``"wXaY"``, ``"tensor-wXaY"``, ``"strict-wXaY"`` or ``"auto-B"`` with 2 <= X, Y, B <= 8, or a
+            :class:`Scheme`, which is returned as it is.
 
     Raises:
         ConfigurationError: for any other text.
@@ -138,15 +151,17 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
         if 2 <= average <= 8:
             bits = LayerBits(int(average), int(average))
             return replace(resolve_scheme(str(bits)), name=scheme, average_bits=average)
-    strict = isinstance(scheme, str) and scheme.startswith("strict-")
+    kind, _, widths = scheme.rpartition("-") if isinstance(scheme, str) else ("", "", "")
     try:
-        bits = parse_bits(scheme.removeprefix("strict-"))
-    except (AttributeError, ConfigurationError):
+        bits = parse_bits(widths)
+        check_choice("scheme", kind, ("", "tensor", "strict"))
+    except ConfigurationError:
         raise ConfigurationError(
-            f"Unknown scheme {scheme!r}. Expected wXaY, strict-wXaY or auto-B with 2 <= X, Y, B <= 8, "
+            f"Unknown scheme {scheme!r}. Expected wXaY, tensor-wXaY, strict-wXaY or auto-B with 2 <= X, Y, B <= 8, "
             f"for example {', '.join(SCHEME_NAMES)}."
         ) from None
-    outer = bits if strict else LayerBits(8, 8)
+    outer = bits if kind == "strict" else LayerBits(8, 8)
     return Scheme(
-        name=scheme, bits=bits, patch_embed=outer, head=outer, probability_bits=None if strict else 8
+        name=scheme, bits=bits, patch_embed=outer, head=outer, probability_bits=None if kind == "strict" else 8,
+        input_scales="tensor" if kind else "channel",
     )

@@ -21,7 +21,10 @@ class DistillConfig:
     ViT-Tiny (56 synthetic images, 12 epochs) 5.15 with ``learning_rate=1e-4``, against 5.25 with 3e-4 (7.49 untuned).
 
     Attributes:
-        epochs: passes over the pool.
+        epochs: passes over the pool, or ``steps_per_epoch`` steps each; the held-back images are measured behind each.
+        steps_per_epoch: steps of an epoch; ``None`` means one pass over the pool.
+        drawn_images: further images that are drawn for the tuning alone (dead leaves,
+            :mod:`maskaq_brevitas.synthesis.procedural`), about 30 ms each at 224 pixels; half of each batch is of them.
         refresh_every: epochs between refreshes of the images; ``None`` never refreshes.
         refresh_share: of the pool that a refresh replaces, in (0, 1].
         refresh_steps: iterations of a refresh; ``None`` means a quarter of the synthesis' from images, all from noise.
@@ -37,6 +40,8 @@ class DistillConfig:
         max_gradient_norm: the gradient of all parameters together is scaled down to this 2-norm; ``None`` leaves it.
         temperature: T of the divergence of the outputs.
         distance_weight: c, the coefficient of the context distance; 0 leaves it out.
+        feature_weight: coefficient of the error of the blocks' outputs (:func:`~maskaq_brevitas.tuning.losses.block_error`,
+            mean over blocks); 0 leaves it out.
         include_prefix: whether prefix tokens (the class token) count in the context distance. On ``digits_vit`` at w4a4
             (64 images, 15 epochs, one seed) it changed top-1 by one test image of 599.
         augment: ``"none"``; ``"light"`` (random resized crop of at least 70 % of the area); ``"published"`` (random
@@ -46,9 +51,14 @@ class DistillConfig:
             scikit-image, 8.9 % untuned): light 27.1 %, published 35.9 %, cutmix 38.5 %. On ``digits_vit`` at w3a3 (two
             seeds) light and published differ by less than their spread.
         precision: arithmetic of the two networks; losses and optimiser stay in float32.
+        compile: whether ``torch.compile`` fuses the blocks of both networks, which more than halves the time of a step and
+            costs about half a minute: ``"auto"`` (if the tuning is long enough), ``"always"`` or ``"never"``. Not with a
+            context distance, which has to look inside the blocks.
     """
 
     epochs: int = 20
+    steps_per_epoch: int | None = None
+    drawn_images: int = 0
     refresh_every: int | None = 5
     refresh_share: float = 1.0
     refresh_steps: int | None = None
@@ -63,14 +73,17 @@ class DistillConfig:
     max_gradient_norm: float | None = 1.0
     temperature: float = 5.0
     distance_weight: float = 10.0
+    feature_weight: float = 0.0
     include_prefix: bool = False
     augment: Literal["none", "light", "published", "cutmix"] = "cutmix"
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
-        for name in ("refresh_every", "refresh_steps"):
+        check_at_least("drawn_images", self.drawn_images, 0)
+        for name in ("refresh_every", "refresh_steps", "steps_per_epoch"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
         if not 0 < finite_number(self.refresh_share) <= 1:
@@ -83,7 +96,7 @@ class DistillConfig:
                 f"final_learning_rate: expected at most learning_rate ({self.learning_rate}), got "
                 f"{self.final_learning_rate}."
             )
-        for name in ("scale_learning_rate", "weight_decay", "distance_weight"):
+        for name in ("scale_learning_rate", "weight_decay", "distance_weight", "feature_weight"):
             if not finite_number(getattr(self, name)) >= 0:
                 raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
         if not 0 <= finite_number(self.momentum) < 1:
@@ -96,6 +109,7 @@ class DistillConfig:
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("augment", self.augment, ("none", "light", "published", "cutmix"))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
+        check_choice("compile", self.compile, ("auto", "always", "never"))
 
     @classmethod
     def published(cls, **changes: Any) -> DistillConfig:
@@ -107,7 +121,7 @@ class DistillConfig:
         values: dict[str, Any] = dict(
             epochs=100, refresh_every=30, refresh_share=1.0, refresh_steps=None, refresh_start="noise", batch_size=16,
             optimizer="sgd", learning_rate=1e-3, final_learning_rate=1e-5, momentum=0.9, weight_decay=0.0,
-            max_gradient_norm=None, temperature=5.0, distance_weight=10.0, augment="published", precision="float32",
+            max_gradient_norm=None, temperature=5.0, distance_weight=10.0, feature_weight=0.0, augment="published", precision="float32",
         )  # fmt: skip
         return cls(**{**values, **changes})
 

@@ -44,14 +44,20 @@ def weight_quantizer(bits: int, scheme: Scheme) -> Any:
     return base.let(bit_width=bits, narrow_range=bits > 2, scaling_impl_type="parameter_from_stats")
 
 
-def activation_quantizer(kind: ValueKind, bits: int, scheme: Scheme) -> Any:
-    """Brevitas quantizer class for an activation: per tensor, integer, float scale set by calibration, then learnable.
+def activation_quantizer(kind: ValueKind, bits: int, scheme: Scheme, channels: int | None = None) -> Any:
+    """Brevitas quantizer class for an activation: integer, float scale set by calibration, then learnable.
 
     Args:
         kind: what is known of the values.
         bits: width.
         scheme: gives the range rule (``activation_range``).
+        channels: of an activation ``(batch, tokens, channels)`` that gets one scale for each; ``None``: one per tensor.
     """
+    if channels is not None:
+        return _ACTIVATIONS[kind, False].let(
+            bit_width=bits, scaling_stats_op="max", scaling_per_output_channel=True,
+            per_channel_broadcastable_shape=(1, 1, channels), scaling_stats_permute_dims=(2, 0, 1),
+        )  # fmt: skip
     base = _ACTIVATIONS[kind, scheme.activation_range == "mse"]
     if scheme.activation_range not in ("minmax", "search"):
         return base.let(bit_width=bits)

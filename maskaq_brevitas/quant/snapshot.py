@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import attention_modules, explicit_form
 
-__all__ = ["FakeQuantize", "float_snapshot", "frozen_snapshot"]
+__all__ = ["FakeQuantize", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
 
 
 class FakeQuantize(nn.Module):
@@ -93,16 +93,7 @@ def frozen_snapshot(quant_model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, module in list(snapshot.named_modules()):
             if isinstance(module, QuantWeightBiasInputOutputLayer):
-                known = isinstance(module, (QuantLinear, QuantConv2d))
-                if not known or getattr(module, "padding_mode", "zeros") != "zeros":
-                    raise ModelError(
-                        f"{name}: {type(module).__name__} cannot be frozen; expected QuantLinear, or QuantConv2d padded "
-                        "with zeros."
-                    )
-                if module.output_quant.is_quant_enabled or module.bias_quant.is_quant_enabled:
-                    raise ModelError(
-                        f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only."
-                    )
+                check_layer(name, module, (QuantLinear, QuantConv2d))
                 frozen: nn.Module = _FrozenLayer(module)
             elif isinstance(module, QuantIdentity):
                 frozen = _fake_quantize(module.act_quant)
@@ -126,12 +117,33 @@ def _fake_quantize(proxy: ActQuantProxyFromInjectorBase) -> nn.Module:
     """The fixed form of a Brevitas activation quantizer; identity if it is switched off."""
     if not proxy.is_quant_enabled:
         return nn.Identity()
-    scale, zero_point, bit_width = proxy.scale(), proxy.zero_point(), proxy.bit_width()
-    if scale is None or scale.numel() != 1:
-        raise ModelError(f"Cannot freeze {type(proxy).__name__}: expected one static scale per tensor.")
-    levels = 2 ** int(bit_width)
+    scale = proxy.scale()
+    if scale is None or scale.numel() not in (1, *scale.shape[-1:]):
+        raise ModelError(
+            f"Cannot freeze {type(proxy).__name__}: expected one static scale, or one per channel of the last axis."
+        )
+    return FakeQuantize(scale, proxy.zero_point(), *integer_bounds(proxy))
+
+
+def integer_bounds(proxy: nn.Module) -> tuple[int, int]:
+    """Lowest and highest code of a Brevitas quantizer."""
+    levels, narrow = 2 ** int(proxy.bit_width()), int(bool(proxy.is_narrow_range))
     if proxy.is_signed:
-        low, high = -levels // 2 + int(bool(proxy.is_narrow_range)), levels // 2 - 1
-    else:
-        low, high = 0, levels - 1 - int(bool(proxy.is_narrow_range))
-    return FakeQuantize(scale, zero_point, low, high)
+        return -levels // 2 + narrow, levels // 2 - 1
+    return 0, levels - 1 - narrow
+
+
+def check_layer(name: str, layer: nn.Module, known: tuple[type[nn.Module], ...]) -> None:
+    """Refuse a Brevitas layer that the simple forms here would compute wrongly.
+
+    Raises:
+        ModelError: if it is of another type than ``known``, not padded with zeros, or quantizes its bias or output.
+    """
+    if not isinstance(layer, known) or getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise ModelError(
+            f"{name}: {type(layer).__name__} cannot be frozen; expected QuantLinear, or QuantConv2d padded with zeros."
+        )
+    if layer.output_quant.is_quant_enabled or layer.bias_quant.is_quant_enabled:
+        raise ModelError(
+            f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only."
+        )

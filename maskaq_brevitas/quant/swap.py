@@ -20,6 +20,7 @@ from maskaq_brevitas.errors import ConfigurationError, SkippedLayerWarning
 from maskaq_brevitas.models.attention import ChannelAffine
 from maskaq_brevitas.models.families import attention_modules, channel_places, unknown_attention_modules
 from maskaq_brevitas.quant.attention import OPERANDS, quantize_operands
+from maskaq_brevitas.quant.linear import ChannelScaledLinear
 from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weight_quantizer
 
 __all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers"]
@@ -131,9 +132,10 @@ def swap_layers(
     skipped = tuple(_skipped_layers(model))
     quant_model = copy.deepcopy(model)
     asymmetric = _behind_activation_function(quant_model) if scheme.gelu == "asymmetric" else set()
+    uneven = {name for place in channel_places(quant_model) for name in place.consumers}
     if scheme.equalize:
         # Equalised channels are centred: a signed quantizer without zero point fits them.
-        asymmetric -= {name for place in channel_places(quant_model) for name in place.consumers}
+        asymmetric -= uneven
         _fill_slots(quant_model)
     places: list[QuantizedPlace] = []
     for name, module in attention_modules(quant_model).items():
@@ -145,7 +147,8 @@ def swap_layers(
             continue
         layer = quant_model.get_submodule(name)
         kind: ValueKind = "asymmetric" if name in asymmetric else "signed"
-        _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme))
+        channels = layer.in_features if name in uneven - asymmetric and scheme.input_scales == "channel" else None
+        _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme, channels))
         title = "linear" if isinstance(layer, nn.Linear) else "convolution"
         places.append(QuantizedPlace(name, title, bits.weight, bits.activation))
     order = {name: index for index, (name, _) in enumerate(quant_model.named_modules())}
@@ -156,11 +159,13 @@ def swap_layers(
     return quant_model.eval(), SwapRecord(tuple(places), skipped)
 
 
-def _quantized_layer(layer: nn.Module, bits: LayerBits, kind: ValueKind, scheme: Scheme) -> nn.Module:
+def _quantized_layer(
+    layer: nn.Module, bits: LayerBits, kind: ValueKind, scheme: Scheme, channels: int | None
+) -> nn.Module:
     """The Brevitas twin of a Linear or Conv2d; it takes over the parameters of ``layer``."""
     quantizers: dict[str, Any] = dict(
         weight_quant=weight_quantizer(bits.weight, scheme),
-        input_quant=activation_quantizer(kind, bits.activation, scheme),
+        input_quant=activation_quantizer(kind, bits.activation, scheme, channels),
         bias_quant=None,
         return_quant_tensor=False,
         bias=layer.bias is not None,
@@ -171,12 +176,15 @@ def _quantized_layer(layer: nn.Module, bits: LayerBits, kind: ValueKind, scheme:
     device = layer.weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if isinstance(layer, nn.Linear):
-            twin: nn.Module = QuantLinear(layer.in_features, layer.out_features, **quantizers)
+            kind_of_layer = QuantLinear if channels is None else ChannelScaledLinear
+            twin: nn.Module = kind_of_layer(layer.in_features, layer.out_features, **quantizers)
         else:
             twin = QuantConv2d(
                 layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
                 dilation=layer.dilation, groups=layer.groups, padding_mode=layer.padding_mode, **quantizers,
             )  # fmt: skip
+    for name, buffer in layer.named_buffers(recurse=False):
+        twin.register_buffer(name, buffer)
     twin.weight = layer.weight
     if layer.bias is not None:
         twin.bias = layer.bias
@@ -189,10 +197,16 @@ def _behind_activation_function(model: nn.Module) -> set[str]:
 
 
 def _fill_slots(model: nn.Module) -> None:
-    """Make room for equalisation: an identity :class:`ChannelAffine` in every slot, a bias in every consumer."""
+    """Make room for equalisation: an identity :class:`ChannelAffine` in every slot, a bias in every consumer.
+
+    Each consumer also gets two buffers that bias correction fills: ``input_mean``, ``(in_features,)``, the mean of its
+    quantized input, and ``bias_correction``, ``(out_features,)``, what is in its bias for the rounding of the weight.
+    """
     for place in channel_places(model):
         for name in place.consumers:
             layer = model.get_submodule(name)
+            layer.register_buffer("input_mean", layer.weight.new_zeros(layer.in_features))
+            layer.register_buffer("bias_correction", layer.weight.new_zeros(layer.out_features))
             if layer.bias is None:
                 layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
         if place.slot is not None:

@@ -22,6 +22,8 @@ __all__ = ["Cost", "PlaceFigures", "QuantizerFigures", "evaluation_mode", "measu
            "multiply_accumulates", "sqnr"]  # fmt: skip
 
 _FLOAT_BITS = 32
+#: Buffers of quantized layers that only calibration and tuning read: no deployed file has them.
+_TUNING_BUFFERS = ("input_mean", "bias_correction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +253,7 @@ def _weight_figures(layer: nn.Module) -> QuantizerFigures | None:
 
 
 def _plain_type(layer: nn.Module) -> str:
-    return type(layer).__name__.removeprefix("Quant")
+    return "Linear" if isinstance(layer, nn.Linear) else type(layer).__name__.removeprefix("Quant")
 
 
 def _factor_bits(place: PlaceFigures, by_name: dict[str, PlaceFigures]) -> tuple[int, int]:
@@ -278,7 +280,12 @@ def _quantized_bytes(quant_model: nn.Module, by_name: dict[str, PlaceFigures]) -
             packed.add(id(module.weight))
             total += -(-module.weight.numel() * place.weight.bits // 8) + 4 * module.quant_weight().scale.numel()
         if place.activation is not None:
-            total += 4 + (1 if place.activation.zero_point else 0)
+            proxy = module.input_quant if place.weight is not None else module.act_quant
+            total += 4 * proxy.scale().numel() + (1 if place.activation.zero_point else 0)
     tensors = dict(quant_model.named_parameters()) | dict(quant_model.named_buffers())
-    rest = [tensor for name, tensor in tensors.items() if not name.startswith(tuple(inside))]
+    rest = [
+        tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(tuple(inside)) and name.rpartition(".")[2] not in _TUNING_BUFFERS
+    ]
     return total + 4 * sum(tensor.numel() for tensor in rest if id(tensor) not in packed)

@@ -217,7 +217,10 @@ def make_report(
             "notes": list(_notes(calibrator)),
             "skipped_layers": [dataclasses.asdict(layer) for layer in _skipped(calibrator)],
             "float_by_design": _FLOAT_BY_DESIGN,
-            "equalized_places": [dataclasses.asdict(place) for place in calibrator.equalized],
+            "equalized_places": [
+                {name: value for name, value in vars(place).items() if name not in ("consumers", "scales")}
+                for place in calibrator.equalized
+            ],
             "range_factors": calibrator.range_factors,
             "redrawn_images": calibrator.redrawn,
             "refreshes": calibrator.refreshes,
@@ -258,11 +261,15 @@ def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
         counts = Counter(calibrator.allocated.values())
         spread = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
         yield f"bit widths chosen by sensitivity, within the bit operations of {scheme.average_bits:g} bits: {spread}"
-    moved = [place for place in calibrator.equalized if place.error < place.error_before]
-    if calibrator.equalized:
+    own_scales = [place for place in calibrator.equalized if place.per_channel]
+    if own_scales:
+        yield f"one scale per channel, each channel shifted to its grid, at {len(own_scales)} inputs of linear layers"
+    equalized = [place for place in calibrator.equalized if not place.per_channel]
+    moved = [place for place in equalized if place.error < place.error_before]
+    if equalized:
         alphas = [place.alpha for place in moved]
         spread = f", exponents {min(alphas):g} to {max(alphas):g}" if alphas else ""
-        yield f"channels equalised at {len(moved)} of {len(calibrator.equalized)} places{spread}"
+        yield f"channels equalised at {len(moved)} of {len(equalized)} places{spread}"
     if calibrator.range_factors:
         factors = sorted(calibrator.range_factors.values())
         yield (

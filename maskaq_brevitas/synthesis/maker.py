@@ -188,6 +188,18 @@ class PoolMaker:
         """Indices of the images that are optimised; the others are drawn."""
         return (~procedural_places(len(pool), self.config.procedural_share)).nonzero().flatten()
 
+    def drawn(self, count: int, stream: int) -> Tensor | None:
+        """Dead leaves that belong to no pool, as uint8 pixels ``(count, channels, height, width)``; None for none."""
+        if count == 0:
+            return None
+        pixels = torch.empty(count, *self.geometry.input_size, dtype=torch.uint8)
+        with self.bar(count, "Drawing images") as bar:
+            for index in range(count):
+                shares = dead_leaves_images((1, *self.geometry.input_size), random_stream(self.seed, stream, index))
+                pixels[index] = shares[0].mul(255).round().to(torch.uint8)
+                bar.update()
+        return pixels
+
     def _draw(self, pool: SyntheticImages, generator: torch.Generator) -> None:
         """Put the images that no optimiser makes; their label is what the float model sees in them."""
         places = procedural_places(len(pool), self.config.procedural_share).nonzero().flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,17 +17,22 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from maskaq_brevitas.config import DistillConfig
-from maskaq_brevitas.errors import InputError, TuningError
+from maskaq_brevitas.errors import InputError, ModelError, TuningError
 from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
-from maskaq_brevitas.tuning.losses import context_distance, temperature_divergence
+from maskaq_brevitas.models.block_tap import block_tap
+from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.quant.trainable import biases_follow, compile_blocks, training_twin
+from maskaq_brevitas.tuning.losses import block_error, context_distance, temperature_divergence
 
 __all__ = ["Distiller", "Losses", "augment", "parameter_groups"]
 
 #: Builds any torch optimiser from parameter groups that name their own ``lr`` and ``weight_decay``.
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
-# A scale may shrink to this share of its calibrated value: it stays positive, and codes stay in use.
-_SMALLEST_SCALE = 0.05
+# No step changes a scale by more than this ratio (natural logarithm).
+_LARGEST_SCALE_STEP = 0.2
+# Multiply-accumulates of linear layers in all training steps from which compiling pays for its half minute, roughly.
+_WORTH_COMPILING = 2e13
 
 
 @dataclass(frozen=True)
@@ -34,23 +40,36 @@ class Losses:
     """Mean losses of one pass over images.
 
     Attributes:
-        total: divergence + c * distance, the objective.
+        total: the weighted sum, the objective.
         divergence: of the outputs, in nats times T^2.
         distance: of the contexts, in [0, 2]; 0 if it is switched off.
+        features: error of the blocks' outputs, mean over blocks; 0 if it is switched off.
         skipped: steps that were left out because loss or gradient was not finite.
     """
 
     total: float
     divergence: float
     distance: float
+    features: float
     skipped: int = 0
+
+
+@dataclass
+class _Taps:
+    """What both networks, the float one first, leave behind in a forward pass; None where no loss asks for it."""
+
+    contexts: tuple[AttentionRecord, ...] | None = None
+    blocks: tuple[list[Tensor], ...] | None = None
 
 
 class Distiller:
     """One tuning of a quant model: the optimiser, its schedule and the objective. The epochs are the caller's.
 
     Activation statistics are not collected again: the quant model works in evaluation mode, in which Brevitas' scales
-    are parameters once they are calibrated. Zero points stay as calibrated.
+    are parameters once they are calibrated. Zero points stay as calibrated. What runs is the model's training twin
+    (:mod:`maskaq_brevitas.quant.trainable`), which shares its parameters.
+
+    Scales are trained in their logarithm: a rate is a share of the scale, whatever its size.
 
     Args:
         quant_model: calibrated Brevitas model; its parameters are trained in place.
@@ -60,6 +79,7 @@ class Distiller:
         total_steps: of the whole tuning, for the schedule.
         optimizer: builds another optimiser than ``config.optimizer`` from parameter groups, for example
             ``torch.optim.RMSprop``.
+        geometry: of the model, for the augmentation of normalised images; ``None``: images are shares of white.
 
     Raises:
         InputError: if ``total_steps`` is below 1.
@@ -74,6 +94,7 @@ class Distiller:
         prefix: int,
         total_steps: int,
         optimizer: OptimizerFactory | None = None,
+        geometry: Geometry | None = None,
     ):
         if total_steps < 1:
             raise InputError(f"total_steps: expected a whole number >= 1, got {total_steps}.")
@@ -81,10 +102,12 @@ class Distiller:
         self.float_snapshot = float_snapshot
         self.config = config
         self.prefix = prefix
+        self.geometry = geometry
         self.total_steps = total_steps
         self.step = 0
-        groups = parameter_groups(quant_model, config)
+        groups, self.scales = parameter_groups(quant_model, config)
         self.optimizer = _make_optimizer(groups, config) if optimizer is None else optimizer(groups)
+        self.network, self.teacher = self._networks()
 
     def train_epoch(
         self,
@@ -102,29 +125,34 @@ class Distiller:
         Raises:
             TuningError: if no step of the epoch had a finite loss and gradient.
         """
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        sums, done, skipped = [0.0, 0.0, 0.0], 0, 0
+        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        logarithms = {id(logarithm) for _, logarithm in self.scales}
+        layers = [parameter for parameter in stepped if id(parameter) not in logarithms]
+        sums, done, skipped = [0.0] * 4, 0, 0
         limit = self.config.max_gradient_norm or math.inf
-        with self._trainable(parameters), self._taps() as contexts:
+        with self._trainable([*layers, *(scale for scale, _ in self.scales)]), self._taps() as taps:
             for images in batches:
-                images = augment(images, self.config.augment, generator)
+                images = augment(images, self.config.augment, generator, self.geometry)
                 self._set_rates()
-                self.optimizer.zero_grad(set_to_none=True)
-                losses = self._losses(images, contexts)
+                self.quant_model.zero_grad(set_to_none=True)
+                losses = self._losses(images, taps)
                 losses[0].backward()
-                norm = nn.utils.clip_grad_norm_(parameters, limit)
+                for scale, logarithm in self.scales:
+                    logarithm.grad = None if scale.grad is None else scale.grad * scale.detach()
+                norm = nn.utils.clip_grad_norm_(stepped, limit)
                 self.step += 1
                 values = [float(loss.detach()) for loss in losses]
                 if math.isfinite(values[0]) and bool(torch.isfinite(norm)):
-                    self.optimizer.step()
-                    self._keep_scales_positive()
+                    with biases_follow(self.network):
+                        self.optimizer.step()
+                        self._move_scales()
                     sums = [total + value for total, value in zip(sums, values, strict=True)]
                     done += 1
                 else:
                     skipped += 1
                 if on_step is not None:
                     on_step(values[0])
-        self.optimizer.zero_grad(set_to_none=True)
+        self.quant_model.zero_grad(set_to_none=True)
         if done == 0:
             raise TuningError(
                 f"None of the {skipped} steps of this epoch had a finite loss and gradient. Lower learning_rate and "
@@ -139,10 +167,11 @@ class Distiller:
         Raises:
             InputError: if there is no image.
         """
-        sums, count = [0.0, 0.0, 0.0], 0
-        with self._trainable([]), self._taps() as contexts:
+        sums, count = [0.0] * 4, 0
+        # Not compiled: another batch size, without gradients, would be compiled anew for a few images.
+        with self._trainable([]), self._taps() as taps, torch.compiler.set_stance("force_eager"):
             for images in batches:
-                losses = self._losses(images, contexts)
+                losses = self._losses(images, taps)
                 sums = [total + float(loss) * len(images) for total, loss in zip(sums, losses, strict=True)]
                 count += len(images)
         if count == 0:
@@ -171,19 +200,45 @@ class Distiller:
         self.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
         self.step = plain["step"]
 
-    def _losses(self, images: Tensor, contexts: tuple[AttentionRecord, AttentionRecord] | None) -> list[Tensor]:
-        """Total, divergence and distance on ``images``."""
+    def _networks(self) -> tuple[nn.Module, nn.Module]:
+        """What computes the quant and the float model's outputs, compiled if that pays."""
+        try:
+            network = training_twin(self.quant_model)
+        except ModelError:  # a user's own quantizers: Brevitas itself computes them
+            return self.quant_model, self.float_snapshot
+        teacher = self.float_snapshot
+        # A compiled block hides what is tapped inside it, so the context distance rules it out.
+        if self.config.distance_weight == 0 and self._is_worth_compiling():
+            teacher = copy.deepcopy(teacher)
+            compile_blocks(network)
+            compile_blocks(teacher)
+        return network, teacher
+
+    def _is_worth_compiling(self) -> bool:
+        if self.config.compile != "auto":
+            return self.config.compile == "always"
+        parameters = sum(parameter.numel() for parameter in self.quant_model.parameters() if parameter.ndim > 1)
+        tokens = getattr(getattr(self.quant_model, "patch_embed", None), "num_patches", 0)
+        return self.total_steps * self.config.batch_size * tokens * parameters > _WORTH_COMPILING
+
+    def _losses(self, images: Tensor, taps: _Taps) -> list[Tensor]:
+        """Total, divergence, distance and feature error on ``images``."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             with torch.no_grad():
-                float_logits = self.float_snapshot(images)
-            quant_logits = self.quant_model(images)
+                float_logits = self.teacher(images)
+            quant_logits = self.network(images)
         divergence = temperature_divergence(float_logits, quant_logits, self.config.temperature)
-        distance = torch.zeros_like(divergence)
-        if contexts is not None:
+        distance = features = torch.zeros_like(divergence)
+        if taps.contexts is not None:
             distance = context_distance(
-                contexts[0].context, contexts[1].context, prefix=self.prefix, include_prefix=self.config.include_prefix
-            )
-        return [divergence + self.config.distance_weight * distance, divergence, distance]
+                taps.contexts[0].context, taps.contexts[1].context, prefix=self.prefix,
+                include_prefix=self.config.include_prefix,
+            )  # fmt: skip
+        if taps.blocks is not None:
+            errors = [block_error(found.float(), wanted.float()) for wanted, found in zip(*taps.blocks, strict=True)]
+            features = torch.stack(errors).mean()
+        total = divergence + self.config.distance_weight * distance + self.config.feature_weight * features
+        return [total, divergence, distance, features]
 
     def _set_rates(self) -> None:
         """Cosine schedule from each group's own rate to the same share of it."""
@@ -194,23 +249,24 @@ class Distiller:
             group["lr"] = group["first_lr"] * factor
 
     @torch.no_grad()
-    def _keep_scales_positive(self) -> None:
-        for group in self.optimizer.param_groups:
-            if group["floor"] is not None:
-                for parameter in group["params"]:
-                    parameter.clamp_(min=group["floor"])
+    def _move_scales(self) -> None:
+        for scale, logarithm in self.scales:
+            scale.mul_(logarithm.clamp(-_LARGEST_SCALE_STEP, _LARGEST_SCALE_STEP).exp())
+            logarithm.zero_()
 
     @contextmanager
-    def _taps(self) -> Iterator[tuple[AttentionRecord, AttentionRecord] | None]:
+    def _taps(self) -> Iterator[_Taps]:
         with ExitStack() as stack:
-            if self.config.distance_weight == 0:
-                yield None
-            else:
-                ours = stack.enter_context(attention_tap(self.float_snapshot, "context"))
-                theirs = stack.enter_context(attention_tap(self.quant_model, "context"))
-                yield ours, theirs
-                ours.clear()
-                theirs.clear()
+            taps = _Taps()
+            if self.config.distance_weight > 0:
+                taps.contexts = tuple(
+                    stack.enter_context(attention_tap(model, "context")) for model in (self.teacher, self.network)
+                )
+            if self.config.feature_weight > 0:
+                taps.blocks = tuple(
+                    stack.enter_context(block_tap(model)) for model in (self.teacher, self.network)
+                )
+            yield taps
 
     @contextmanager
     def _trainable(self, parameters: list[nn.Parameter]) -> Iterator[None]:
@@ -230,11 +286,16 @@ class Distiller:
                 parameter.requires_grad_(flag)
 
 
-def parameter_groups(quant_model: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser: matrices; biases and LayerNorms (no decay); each scale by itself.
+def parameter_groups(
+    quant_model: nn.Module, config: DistillConfig
+) -> tuple[list[dict[str, Any]], list[tuple[nn.Parameter, nn.Parameter]]]:
+    """Parameter groups for an optimiser: matrices; biases and LayerNorms (no decay); logarithms of scales.
 
-    A scale's rate is ``config.scale_learning_rate`` times its mean value, so that one number fits scales of any size.
-    Keys beside torch's own: ``first_lr`` (rate at the first step) and ``floor`` (least value of a scale, or None).
+    Beside torch's own keys each has ``first_lr``, the rate at the first step.
+
+    Returns:
+        The groups, and pairs of a scale and the parameter that stands for its logarithm: zero, because what an optimiser
+        adds to it moves into the scale (``scale *= exp(logarithm)``) after each step.
 
     Raises:
         TuningError: if a scale is not positive or not finite: the model was not calibrated.
@@ -249,30 +310,27 @@ def parameter_groups(quant_model: nn.Module, config: DistillConfig) -> list[dict
         elif isinstance(module, ParameterFromRuntimeZeroPoint):
             fixed.add(id(module.value))
     others = [parameter for parameter in quant_model.parameters() if id(parameter) not in {*scales, *fixed}]
+    pairs = [(scale, nn.Parameter(torch.zeros_like(scale))) for scale in scales.values()]
     groups: list[dict[str, Any]] = []
-    matrices = [parameter for parameter in others if parameter.ndim > 1]
-    vectors = [parameter for parameter in others if parameter.ndim < 2]
-    for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-        if chosen:
-            groups.append(dict(
-                params=chosen, lr=config.learning_rate, first_lr=config.learning_rate, weight_decay=decay, floor=None
-            ))  # fmt: skip
-    if config.scale_learning_rate > 0:
-        for scale in scales.values():
-            rate = config.scale_learning_rate * float(scale.detach().mean())
-            floor = _SMALLEST_SCALE * float(scale.detach().min())
-            groups.append(dict(params=[scale], lr=rate, first_lr=rate, weight_decay=0.0, floor=floor))
-    return groups
+    for chosen, rate, decay in (
+        ([parameter for parameter in others if parameter.ndim > 1], config.learning_rate, config.weight_decay),
+        ([parameter for parameter in others if parameter.ndim < 2], config.learning_rate, 0.0),
+        ([logarithm for _, logarithm in pairs], config.scale_learning_rate, 0.0),
+    ):
+        if chosen and rate > 0:
+            groups.append(dict(params=chosen, lr=rate, first_lr=rate, weight_decay=decay))
+    return groups, pairs if config.scale_learning_rate > 0 else []
 
 
-def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, kind: str, generator: torch.Generator, geometry: Geometry | None = None) -> Tensor:
     """``images``, each changed at random; torch's global generator is left as it was.
 
     Args:
         images: normalised, ``(batch, channels, height, width)``.
-        kind: see :attr:`~maskaq_brevitas.config.DistillConfig.augment`. Colour changes of ``"published"`` act on the
-            normalised values.
+        kind: see :attr:`~maskaq_brevitas.config.DistillConfig.augment`.
         generator: on the CPU; gives the seed.
+        geometry: of the model; colours change between black and white as it normalises them. ``None``: the images are
+            shares of white already.
     """
     if kind == "none":
         return images
@@ -287,11 +345,13 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(seed)
-        images = torch.stack([change(image) for image in images])
+        # torchvision's colour changes cut what lies outside of [0, 1].
+        shares = images if geometry is None else geometry.denormalize(images)
+        shares = torch.stack([change(image) for image in shares])
         if kind == "cutmix":
             # It mixes labels too, which we do not use.
-            images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
-        return images
+            shares, _ = v2.CutMix(num_classes=1)(shares, torch.zeros(len(shares), dtype=torch.long))
+        return shares if geometry is None else geometry.normalize(shares)
 
 
 def _make_optimizer(groups: list[dict[str, Any]], config: DistillConfig) -> torch.optim.Optimizer:

@@ -21,8 +21,8 @@ from maskaq_brevitas.tuning.state import copied_state, load_quant_state
 
 __all__ = ["DistillStage", "refresh_is_due"]
 
-# Random streams of epochs lie beyond those of pool versions.
-_EPOCHS = 1_000_000
+# Random streams of epochs, and of images drawn for the tuning, lie beyond those of pool versions.
+_EPOCHS, _DRAWN = 1_000_000, 3_000_000
 
 
 def refresh_is_due(epoch: int, refresh_every: int | None) -> bool:
@@ -70,10 +70,11 @@ class DistillStage:
         self.run = run
         self.stage = stage
         self.bar = bar
-        self.steps = math.ceil(len(maker.pool) / config.batch_size)
+        self.steps = config.steps_per_epoch or math.ceil(len(maker.pool) / config.batch_size)
+        self.drawn = maker.drawn(config.drawn_images, _DRAWN)
         self.distiller = Distiller(
             quant_model, maker.float_snapshot, config, prefix=maker.geometry.prefix_tokens,
-            total_steps=config.epochs * self.steps, optimizer=optimizer,
+            total_steps=config.epochs * self.steps, optimizer=optimizer, geometry=maker.geometry,
         )  # fmt: skip
         self.epochs = 0
         self.pool_version = maker.pool.version
@@ -119,7 +120,7 @@ class DistillStage:
                 self.epochs, self.pool_version = epoch + 1, self.maker.pool.version
                 self.history.append(dict(
                     event="epoch", epoch=epoch + 1, train_loss=trained.total, train_divergence=trained.divergence,
-                    train_distance=trained.distance, skipped_steps=trained.skipped, held_back_loss=loss,
+                    train_distance=trained.distance, train_features=trained.features, skipped_steps=trained.skipped, held_back_loss=loss,
                     pool_version=self.pool_version, seconds=round(time.perf_counter() - start, 2),
                 ))  # fmt: skip
                 self._keep_if_best(loss)
@@ -153,9 +154,16 @@ class DistillStage:
         return loss if math.isfinite(loss) else math.inf
 
     def _shuffled(self, generator: torch.Generator) -> Iterator[Tensor]:
-        pool = self.maker.pool
-        for chunk in torch.randperm(len(pool), generator=generator).split(self.config.batch_size):
-            yield pool.images(pool.pixels[chunk]).to(self.maker.device)
+        """Batches of an epoch: the pool in a new order, as often as needed; of the images drawn for this, as many again."""
+        pool, size = self.maker.pool, self.config.batch_size
+        ours = size if self.drawn is None else max(1, size // 2)
+        order = _endless(len(pool), ours, generator)
+        others = None if self.drawn is None else _endless(len(self.drawn), size - ours, generator)
+        for _ in range(self.steps):
+            pixels = pool.pixels[next(order)]
+            if others is not None:
+                pixels = torch.cat([pixels, self.drawn[next(others)]])
+            yield pool.images(pixels).to(self.maker.device)
 
     def _save(self) -> None:
         if self.run is None:
@@ -168,3 +176,13 @@ class DistillStage:
         )  # fmt: skip
         parts = {"model": self.quant_model.state_dict(), "best": self.best, "optimizer": tensors}
         save_checkpoint(self.run, self.stage, self.epochs, note, parts)
+
+
+def _endless(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices below ``count`` in random order, round after round, always ``size`` at a time (at most ``count``)."""
+    size, order = min(size, count), torch.empty(0, dtype=torch.long)
+    while True:
+        if len(order) < size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:size]
+        order = order[size:]

@@ -1,4 +1,4 @@
-"""The two terms of the tuning objective, as pure functions of tensors (METHOD.md, section 3)."""
+"""The terms of tuning objectives, as pure functions of tensors (METHOD.md, section 3)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.quant.equalize import row_importance
 
-__all__ = ["context_distance", "temperature_divergence", "token_weights"]
+__all__ = ["block_error", "context_distance", "temperature_divergence", "token_weights"]
 
 _SSIM_C2 = 0.03**2
 
@@ -103,3 +104,23 @@ def context_distance(
         variances = (weights * (p.square() + q.square())).sum(dim=2)
         distances.append((1 - (2 * covariance + _SSIM_C2) / (variances + _SSIM_C2)).mean())
     return torch.stack(distances).mean()
+
+
+def block_error(output: Tensor, target: Tensor, token_weights: Tensor | None = None) -> Tensor:
+    """Squared error of a block's output, each token by the power of its target.
+
+    See :func:`maskaq_brevitas.quant.equalize.row_importance` for the weight of a token.
+
+    Args:
+        output, target: ``(images, tokens, channels)``.
+        token_weights: further weight per token, ``(images, tokens)``.
+
+    Returns:
+        A scalar; about 1 if the error is as large as the target.
+    """
+    rows = target.reshape(-1, target.shape[-1])
+    importance = row_importance(rows)
+    if token_weights is not None:
+        weights = token_weights.reshape(-1, 1).to(importance)
+        importance = importance * weights / weights.mean()
+    return ((output.reshape_as(rows) - rows).square() * importance).sum()

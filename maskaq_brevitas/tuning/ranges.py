@@ -9,7 +9,7 @@ is chosen in the same way, with the layer's inputs as they are after quantizatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
@@ -19,10 +19,11 @@ from brevitas.nn import QuantLinear
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
-from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.quant.equalize import has_channel_scales, row_importance
 from maskaq_brevitas.quant.observe import collect_rows
+from maskaq_brevitas.quant.snapshot import integer_bounds
 
-__all__ = ["search_ranges"]
+__all__ = ["search_ranges", "set_channel_scales", "undo_bias_correction"]
 
 _CANDIDATES = 40
 _LOWEST = 0.01
@@ -31,18 +32,26 @@ _WEIGHT_LOWEST = 0.2
 
 @torch.no_grad()
 def search_ranges(
-    quant_model: nn.Module, batches: Iterable[Tensor], *, rows: int = 2048, activations: bool = True, weights: bool = True
+    quant_model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    rows: int = 4096,
+    activations: bool = True,
+    weights: bool = True,
+    biases: bool = False,
 ) -> dict[str, float]:
     """Set activation scales, then weight scales, to the best of a grid, in place. Run it on a calibrated model.
 
-    Covers inputs of linear layers and the operands of attention matmuls. Quantizers with a zero point keep their
-    calibrated range.
+    Covers inputs of linear layers and the operands of attention matmuls. Quantizers with a zero point, or with a
+    scale per channel, keep theirs.
 
     Args:
         quant_model: calibrated model with Brevitas quantizers.
         batches: normalised images, ``(batch, channels, height, width)`` each.
         rows: tokens per place on which the error is measured.
         activations, weights: which scales are searched.
+        biases: whether the mean error that rounding a weight leaves in the layer's output is taken off its bias, for
+            layers behind a LayerNorm or an activation function.
 
     Returns:
         Factor on the calibrated scale, in (0, 1], per module name.
@@ -59,12 +68,42 @@ def search_ranges(
     for name, values in samples.items():
         layer = quant_model.get_submodule(name)
         weight = layer.weight.float() if isinstance(layer, QuantLinear) else None
-        if activations:
+        if activations and not has_channel_scales(places[name]):
             factors[name] = _best_factor(values, weight, places[name])
             _scaling(places[name]).value.data.mul_(factors[name])
         if weights and weight is not None:
             _search_weight_scale(layer, values)
+        if biases and hasattr(layer, "bias_correction"):
+            _correct_bias(layer, values)
     return factors
+
+
+def _correct_bias(layer: QuantLinear, values: Tensor) -> None:
+    """Take the mean error of the output off the bias (bias correction, Nagel et al., ICCV 2019).
+
+    It matters most where channels are shifted: there an input's mean is far from zero.
+    """
+    weight, rounded = layer.weight.detach().float(), layer.quant_weight()
+    importance = row_importance(values @ weight.T)
+    mean = (_quantized(layer, values) * importance).sum(dim=0) / importance.sum()
+    layer.input_mean.copy_(mean)
+    layer.bias_correction.copy_((weight - getattr(rounded, "value", rounded)) @ mean)
+    layer.bias.data += layer.bias_correction
+
+
+@torch.no_grad()
+def undo_bias_correction(quant_model: nn.Module) -> None:
+    """Take what :func:`search_ranges` put into the biases out of them again, before a model is calibrated anew."""
+    for module in quant_model.modules():
+        if hasattr(module, "bias_correction"):
+            module.bias.data -= module.bias_correction
+            module.bias_correction.zero_()
+            module.input_mean.zero_()
+
+
+def _quantized(layer: QuantLinear, values: Tensor) -> Tensor:
+    found = layer.input_quant(values)
+    return getattr(found, "value", found).reshape(values.shape)  # scales per channel add an axis
 
 
 def _search_weight_scale(layer: QuantLinear, values: Tensor) -> None:
@@ -74,10 +113,9 @@ def _search_weight_scale(layer: QuantLinear, values: Tensor) -> None:
         return
     weight = layer.weight.detach().float()
     importance = row_importance(values @ weight.T)
-    inputs = getattr(layer.input_quant(values), "value", values)
+    inputs = _quantized(layer, values)
     moments = inputs.T @ (inputs * importance)  # (channels, channels)
-    levels = 2 ** int(layer.weight_quant.bit_width())
-    low, high = -levels // 2 + int(bool(layer.weight_quant.is_narrow_range)), levels // 2 - 1
+    low, high = integer_bounds(layer.weight_quant)
     largest = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / high
     best = layer.weight_quant.scale().detach().reshape(-1, 1)
     best_error = None
@@ -95,10 +133,7 @@ def _search_weight_scale(layer: QuantLinear, values: Tensor) -> None:
 def _best_factor(values: Tensor, weight: Tensor | None, proxy: ActQuantProxyFromInjectorBase) -> float:
     target = values if weight is None else values @ weight.T
     importance = row_importance(target)
-    levels = 2 ** int(proxy.bit_width())
-    low, high = (-levels // 2, levels // 2 - 1) if proxy.is_signed else (0, levels - 1)
-    if proxy.is_narrow_range:
-        low, high = (low + 1, high) if proxy.is_signed else (low, high - 1)
+    low, high = integer_bounds(proxy)
     calibrated = proxy.scale()
     best, best_error = 1.0, float("inf")
     for index in range(_CANDIDATES):
@@ -111,6 +146,20 @@ def _best_factor(values: Tensor, weight: Tensor | None, proxy: ActQuantProxyFrom
         if total < best_error:
             best, best_error = factor, total
     return best
+
+
+@torch.no_grad()
+def set_channel_scales(quant_model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    """Give the input quantizers of linear layers these scales, one per channel. Run it on a calibrated model.
+
+    Args:
+        quant_model: calibrated model whose layers have scales per channel at their input.
+        scales: ``(channels,)`` per layer name.
+    """
+    for name, wanted in scales.items():
+        proxy = quant_model.get_submodule(name).input_quant
+        present = proxy.scale()
+        _scaling(proxy).value.data.mul_(wanted.reshape(present.shape) / present)
 
 
 def _scaling(proxy: ActQuantProxyFromInjectorBase) -> ParameterFromRuntimeStatsScaling | None:

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.models.families import block_names
-from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.rounding import learned_rounding
 
-__all__ = ["BlockData", "BlockFigures", "block_error", "block_inputs", "reconstruct_block", "through", "trainable_parts"]
+__all__ = ["BlockData", "BlockFigures", "block_inputs", "reconstruct_block", "through", "trainable_parts"]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class BlockData:
 
 @dataclass(frozen=True)
 class BlockFigures:
-    """Errors of one block's output (:func:`block_error`).
+    """Errors of one block's output (:func:`~maskaq_brevitas.tuning.losses.block_error`).
 
     Attributes:
         before, after: on the images that choose, before and after.
@@ -60,26 +60,6 @@ class BlockFigures:
     train_before: float
     train_after: float
     kept: bool
-
-
-def block_error(output: Tensor, target: Tensor, token_weights: Tensor | None = None) -> Tensor:
-    """Squared error of a block's output, each token by the power of its target.
-
-    See :func:`maskaq_brevitas.quant.equalize.row_importance` for the weight of a token.
-
-    Args:
-        output, target: ``(images, tokens, channels)``.
-        token_weights: further weight per token, ``(images, tokens)``.
-
-    Returns:
-        A scalar; about 1 if the error is as large as the target.
-    """
-    rows = target.reshape(-1, target.shape[-1])
-    importance = row_importance(rows)
-    if token_weights is not None:
-        weights = token_weights.reshape(-1, 1).to(importance)
-        importance = importance * weights / weights.mean()
-    return ((output.reshape_as(rows) - rows).square() * importance).sum()
 
 
 def trainable_parts(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

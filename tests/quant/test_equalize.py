@@ -40,7 +40,7 @@ def float_output(quant_model):
         return quant_model(images())
 
 
-@pytest.mark.parametrize("bits", ("w4a4", "w8a8"))
+@pytest.mark.parametrize("bits", ("tensor-w4a4", "tensor-w8a8"))
 def test_float_function_stays_also_when_repeated(tiny_vit, bits):
     quant_model, _ = swap_layers(uneven(tiny_vit), bits)
     expected = float_output(quant_model)
@@ -65,7 +65,7 @@ def test_quantized_model_comes_closer(tiny_vit):
     expected = model(images()).detach()
     errors = []
     for equalized in (False, True):
-        scheme = dataclasses.replace(resolve_scheme("w8a4"), equalize=equalized, gelu="signed", activation_range="minmax")
+        scheme = dataclasses.replace(resolve_scheme("tensor-w8a4"), equalize=equalized, gelu="signed", activation_range="minmax")
         quant_model, _ = swap_layers(model, scheme)
         if equalized:
             equalize(quant_model, [images()])
@@ -83,7 +83,7 @@ def test_an_outlier_channel_is_taken_in(tiny_vit):
         fc1.weight[3, 0] = 100.0
         fc2.weight[1:, 3] = 0
         fc2.weight[0, 3] = 1.0
-    quant_model, _ = swap_layers(tiny_vit, "w4a4")
+    quant_model, _ = swap_layers(tiny_vit, "tensor-w4a4")
     place = next(p for p in equalize(quant_model, [images()]) if p.name == "blocks.0.mlp.norm")
     assert place.error < 0.5 * place.error_before
 
@@ -105,6 +105,43 @@ def test_weight_scales_follow(tiny_vit):
     layer = quant_model.blocks[0].attn.qkv
     error = (layer.quant_weight().value - layer.weight).abs().amax(dim=1)
     assert (error <= layer.weight.abs().amax(dim=1) / 127).all()
+
+
+@pytest.mark.parametrize("bits", ("w4a4", "w8a8"))
+def test_channels_with_their_own_scales_are_only_shifted(tiny_vit, bits):
+    model = uneven(tiny_vit)
+    quant_model, _ = swap_layers(model, bits)
+    expected = float_output(quant_model)
+    before = {name: parameter.clone() for name, parameter in quant_model.named_parameters() if parameter.ndim > 1}
+    places = equalize(quant_model, [images(), images(1)])
+    assert (float_output(quant_model) - expected).norm() < 1e-4 * expected.norm()
+    assert all(torch.equal(before[name], value) for name, value in quant_model.named_parameters() if value.ndim > 1)
+    uniform = equalize(swap_layers(model, f"tensor-{bits}")[0], [images(), images(1)])
+    for place, other in zip(places, uniform, strict=True):
+        assert place.per_channel and place.scales.shape == (256 if "mlp.norm" in place.name else 64,)
+        assert place.error < (0.8 if bits == "w4a4" else 1.5) * other.error
+
+
+def test_ranges_of_channels_have_a_margin(tiny_vit):
+    """The lowest value of a channel falls on the lowest code behind GELU, and 0.125 ranges inside behind a LayerNorm."""
+    quant_model, _ = swap_layers(tiny_vit, "w8a8")
+    places = {place.name: place for place in equalize(quant_model, [images()])}
+    rows = collect_rows(quant_model, ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], [images()], rows=10_000)
+    for name, layer, inside in (("blocks.0.norm2", "blocks.0.mlp.fc1", 0.125), ("blocks.0.mlp.norm", "blocks.0.mlp.fc2", 0)):
+        codes = rows[layer] / places[name].scales
+        width = 255 / 1.25
+        # Eight bits: no tail is worth clipping by more than a code or two; the search may cut 0.1 % of 68 rows, one value.
+        lowest, highest = (torch.kthvalue(codes, k, dim=0).values for k in (1, len(codes)))
+        whole = (highest - lowest - width).abs() < 1.0
+        assert whole.float().mean() > 0.5
+        assert torch.allclose(lowest[whole], torch.tensor(-128 + inside * width), atol=1.5)
+
+
+def test_a_dead_channel_keeps_some_range(tiny_vit):
+    with torch.no_grad():
+        tiny_vit.blocks[0].norm1.weight[5], tiny_vit.blocks[0].norm1.bias[5] = 0.0, 0.0
+    place = equalize(swap_layers(tiny_vit, "w4a4")[0], [images()])[0]
+    assert place.scales[5] == pytest.approx(1e-3 * float(place.scales.median()), rel=0.3)
 
 
 def test_same_images_same_bytes_and_nothing_left_behind(tiny_vit):

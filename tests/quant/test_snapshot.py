@@ -37,7 +37,7 @@ def calibrated(model, scheme):
 
 
 SCHEMES = (
-    "w8a8", "w4a4", "strict-w3a3", "w2a2", dataclasses.replace(resolve_scheme("strict-w4a4"), equalize=False),
+    "w8a8", "w4a4", "tensor-w4a4", "strict-w3a3", "w2a2", dataclasses.replace(resolve_scheme("strict-w4a4"), equalize=False),
     dataclasses.replace(resolve_scheme("w3a4"), equalize=False, activation_range="percentile", softmax="signed"),
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_equals_brevitas_bit_for_bit(tiny_vit, scheme):
 
 
 def test_asymmetric_quantizer_is_covered(tiny_vit):
-    quant_model = calibrated(tiny_vit, SCHEMES[4])
+    quant_model = calibrated(tiny_vit, SCHEMES[5])
     assert float(quant_model.blocks[0].mlp.fc2.input_quant.zero_point()) != 0
     assert frozen_snapshot(quant_model).blocks[0].mlp.fc2.input_quant.shifted
 
@@ -105,6 +105,6 @@ def test_what_cannot_be_frozen_is_refused(tiny_vit):
     refused(QuantLinear(64, 10, bias=True, output_quant=Int8ActPerTensorFloat), "head: output or bias quantizers")
     refused(QuantConv1d(4, 4, 1), "head: QuantConv1d cannot be frozen; expected QuantLinear, or QuantConv2d")
     refused(QuantConv2d(4, 4, 3, padding=1, padding_mode="reflect"), "head: QuantConv2d cannot be frozen")
-    per_channel = Int8ActPerTensorFloat.let(scaling_per_output_channel=True, per_channel_broadcastable_shape=(1, 64),
-                                           scaling_stats_permute_dims=(1, 0))  # fmt: skip
-    refused(QuantIdentity(act_quant=per_channel), "expected one static scale per tensor")
+    per_channel = Int8ActPerTensorFloat.let(scaling_per_output_channel=True, per_channel_broadcastable_shape=(1, 5, 1),
+                                           scaling_stats_permute_dims=(1, 0, 2))  # fmt: skip
+    refused(QuantIdentity(act_quant=per_channel), "expected one static scale, or one per channel of the last axis")

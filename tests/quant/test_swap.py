@@ -95,7 +95,7 @@ def test_every_layer_and_operand_is_swapped_and_the_float_function_stays(name, s
     assert [order.index(place.name) for place in record.places] == sorted(order.index(place.name) for place in record.places)
     kinds = {"linear": QuantLinear, "convolution": QuantConv2d, "operand": QuantIdentity}
     for place in record.places:
-        assert type(quant_model.get_submodule(place.name)) is kinds[place.kind]
+        assert isinstance(quant_model.get_submodule(place.name), kinds[place.kind])
         assert (place.weight_bits is None) == (place.kind == "operand")
     assert not any(type(module) in (nn.Linear, nn.Conv2d) for module in quant_model.modules())
     with unquantized(quant_model), torch.no_grad():
@@ -252,5 +252,5 @@ def test_training_flag_and_gradients_of_the_float_model_stay():
 def test_a_layer_with_two_names_is_quantized_under_both(tiny_vit):
     tiny_vit.blocks[1].mlp.fc1 = tiny_vit.blocks[0].mlp.fc1
     quant_model, _ = swap_layers(tiny_vit, "w4a4")
-    assert type(quant_model.blocks[0].mlp.fc1).__name__ == "QuantLinear"
+    assert isinstance(quant_model.blocks[0].mlp.fc1, QuantLinear)
     assert quant_model.blocks[1].mlp.fc1 is quant_model.blocks[0].mlp.fc1

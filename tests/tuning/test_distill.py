@@ -5,14 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
+from brevitas.nn import QuantIdentity
+from brevitas.quant import Int8ActPerTensorFloat
 from torch import nn
 
 from maskaq_brevitas.config import DistillConfig, resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError, InputError, TuningError
+from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
+from maskaq_brevitas.tuning import distill
 from maskaq_brevitas.tuning.distill import Distiller, augment, parameter_groups
+from maskaq_brevitas.tuning.losses import block_error
+from maskaq_brevitas.tuning.ranges import search_ranges
 
 
 @pytest.fixture
@@ -73,29 +79,89 @@ def test_validation_is_a_mean_over_images_and_changes_nothing(tiny_vit, quant_mo
         distiller.validation_loss([])
 
 
-def test_scales_learn_at_their_own_rate_or_not_at_all(tiny_vit, quant_model, images):
-    groups = parameter_groups(quant_model, DistillConfig(learning_rate=1e-3, scale_learning_rate=1e-2))
-    scales = [group for group in groups if group["floor"] is not None]
-    assert len(scales) > 10
-    for group in scales:
-        assert group["lr"] == pytest.approx(1e-2 * float(group["params"][0].detach().mean()))
-    assert [group["lr"] for group in groups if group["floor"] is None] == [1e-3, 1e-3]
+def _scales(quant_model: nn.Module) -> list[torch.Tensor]:
     impls = [module for module in quant_model.modules() if isinstance(module, ParameterFromRuntimeStatsScaling)]
-    before = [impl.value.clone() for impl in impls]
+    return [impl.value.detach().clone() for impl in impls]
+
+
+def test_scales_learn_at_their_own_rate_or_not_at_all(tiny_vit, quant_model, images):
+    groups, pairs = parameter_groups(quant_model, DistillConfig(learning_rate=1e-3, scale_learning_rate=1e-2))
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-2]
+    assert len(groups[2]["params"]) == len(pairs) > 10
+    assert all(not logarithm.any() and logarithm.shape == scale.shape for scale, logarithm in pairs)
+    before = _scales(quant_model)
     _distiller(tiny_vit, quant_model, scale_learning_rate=0.0).train_epoch([images], _generator())
-    assert all(torch.equal(old, impl.value) for old, impl in zip(before, impls, strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, _scales(quant_model), strict=True))
     _distiller(tiny_vit, quant_model, scale_learning_rate=1e-3).train_epoch([images], _generator())
-    moved = [not torch.equal(old, impl.value) for old, impl in zip(before, impls, strict=True)]
-    assert sum(moved) > len(moved) // 2
+    # Adam's first step is its rate: a thousandth of each scale, one per channel or per tensor, large or small.
+    for old, new in zip(before, _scales(quant_model), strict=True):
+        moved = (new / old).log().abs()
+        assert ((moved - 1e-3).abs() < 2e-5).logical_or(moved < 1e-3).all() and moved.max() > 5e-4
 
 
 def test_scales_stay_positive(tiny_vit, quant_model, images):
-    distiller = _distiller(tiny_vit, quant_model, scale_learning_rate=5.0)
-    distiller.train_epoch(images.split(2), _generator())
-    for group in distiller.optimizer.param_groups:
-        if group["floor"] is not None:
-            assert group["floor"] > 0
-            assert float(group["params"][0].detach().min()) >= 0.999 * group["floor"]
+    before = _scales(quant_model)
+    _distiller(tiny_vit, quant_model, scale_learning_rate=5.0).train_epoch([images, images], _generator())
+    for old, new in zip(before, _scales(quant_model), strict=True):
+        assert ((new / old).log().abs() <= 0.41).all() and (new > 0).all()  # two steps of at most 0.2
+
+
+def test_block_outputs_are_matched(tiny_vit, quant_model, images):
+    distiller = _distiller(tiny_vit, quant_model, distance_weight=0.0, feature_weight=2.0, learning_rate=1e-4)
+    found = distiller.validation_loss([images])
+    with torch.no_grad():
+        x, q = (model.norm_pre(model._pos_embed(model.patch_embed(images))) for model in (tiny_vit, quant_model))
+        errors = []
+        for float_block, quant_block in zip(tiny_vit.blocks, quant_model.blocks, strict=True):
+            x, q = float_block(x), quant_block(q)
+            errors.append(float(block_error(q, x)))
+    assert found.features == pytest.approx(sum(errors) / 2, rel=1e-4)
+    assert found.total == pytest.approx(found.divergence + 2 * found.features, rel=1e-5)
+    for _ in range(6):
+        distiller.train_epoch(images.split(4), _generator())
+    assert distiller.validation_loss([images]).features < found.features
+
+
+def test_a_quantizer_of_the_user_is_trained_through_brevitas(tiny_vit, quant_model, images):
+    quant_model.blocks[0].attn.query = QuantIdentity(
+        act_quant=Int8ActPerTensorFloat.let(scaling_impl_type="const", scaling_init=1.0), return_quant_tensor=False
+    ).eval()
+    distiller = _distiller(tiny_vit, quant_model, learning_rate=1e-4)
+    assert distiller.network is quant_model
+    before = distiller.validation_loss([images]).total
+    for _ in range(6):
+        distiller.train_epoch(images.split(4), _generator())
+    assert distiller.validation_loss([images]).total < before
+
+
+def test_biases_follow_the_weights(tiny_vit, images):
+    """A step of the weights leaves the mean output of a layer where it was."""
+    model, _ = swap_layers(tiny_vit, replace(resolve_scheme("w4a4"), weight_range="minmax"))
+    equalize(model, [images])
+    calibrate(model, [images])
+    search_ranges(model, [images], biases=True)
+    layer = model.blocks[1].mlp.fc2
+    assert layer.input_mean.abs().max() > 0.01
+
+    def mean_output() -> torch.Tensor:
+        return (layer.bias + layer.quant_weight().value @ layer.input_mean).detach()
+
+    before, weight = mean_output(), layer.quant_weight().value.detach().clone()
+    factory = lambda groups: torch.optim.SGD([group for group in groups if group["params"][0].ndim > 1])  # noqa: E731
+    distiller = _distiller(tiny_vit, model, factory=factory, learning_rate=0.5, distance_weight=0.0)
+    distiller.train_epoch([images], _generator())
+    assert not torch.equal(layer.quant_weight().value, weight)
+    torch.testing.assert_close(mean_output(), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "worth"), [(100, False), (10**9, True)])
+def test_compiling_is_left_to_long_tunings(tiny_vit, quant_model, steps, worth, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(distill, "compile_blocks", compiled.append)
+    _distiller(tiny_vit, quant_model, total_steps=steps, distance_weight=0.0)
+    assert len(compiled) == 2 * worth
+    _distiller(tiny_vit, quant_model, total_steps=steps, distance_weight=1.0, compile="always")
+    assert len(compiled) == 2 * worth  # the context has to be tapped
 
 
 def test_rate_falls_along_a_cosine(tiny_vit, quant_model, images):

@@ -8,11 +8,15 @@ from brevitas.nn import QuantLinear
 
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.quant.observe import collect_rows
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.ranges import search_ranges
+from maskaq_brevitas.tuning.ranges import set_channel_scales
+from maskaq_brevitas.tuning.ranges import undo_bias_correction
 
-SCHEME = dataclasses.replace(resolve_scheme("w8a4"), equalize=False, activation_range="search")
+SCHEME = dataclasses.replace(resolve_scheme("tensor-w8a4"), equalize=False, activation_range="search")
 
 
 def images(seed=0, batch=3):
@@ -100,7 +104,7 @@ def test_same_images_same_factors_and_nothing_left_behind(calibrated, tiny_vit):
 
 
 def test_only_what_is_asked_for_is_searched(tiny_vit):
-    quant_model, _ = swap_layers(tiny_vit, "w3a3")
+    quant_model, _ = swap_layers(tiny_vit, "tensor-w3a3")
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     calibrate(quant_model, [images])
     layer = quant_model.blocks[0].mlp.fc2
@@ -130,3 +134,40 @@ def test_only_what_is_asked_for_is_searched(tiny_vit):
 def test_no_batch(calibrated):
     with pytest.raises(InputError, match="at least one batch"):
         search_ranges(calibrated, [])
+
+
+def channel_scaled(tiny_vit):
+    quant_model, _ = swap_layers(tiny_vit, "w3a4")
+    calibrate(quant_model, [images()])
+    return quant_model
+
+
+def test_scales_of_channels_are_set_and_not_searched(tiny_vit):
+    quant_model = channel_scaled(tiny_vit)
+    layer = quant_model.blocks[1].mlp.fc2
+    wanted = torch.rand(256, generator=torch.Generator().manual_seed(4)) + 0.1
+    set_channel_scales(quant_model, {"blocks.1.mlp.fc2": wanted})
+    factors = search_ranges(quant_model, [images()])
+    torch.testing.assert_close(layer.input_quant.scale().detach(), wanted.reshape(1, 1, 256))
+    assert "blocks.1.mlp.fc2" not in factors and "blocks.1.attn.proj" in factors
+
+
+def test_bias_correction_takes_off_the_mean_error(tiny_vit):
+    quant_model = channel_scaled(tiny_vit)
+    layer, before = quant_model.blocks[0].mlp.fc2, quant_model.blocks[0].mlp.fc2.bias.detach().clone()
+    values = collect_rows(quant_model, ["blocks.0.mlp.fc2"], [images()], rows=4096)["blocks.0.mlp.fc2"]
+    search_ranges(quant_model, [images()], biases=True)
+    target = values @ layer.weight.detach().T
+    importance = row_importance(target)
+    with torch.no_grad():
+        inputs = layer.input_quant(values).value[0]
+        error = inputs @ layer.quant_weight().value.T - inputs @ layer.weight.T
+
+    def mean(rows):
+        return (rows * importance).sum(dim=0) / importance.sum()
+
+    torch.testing.assert_close(layer.bias.detach() - before, -mean(error), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(layer.input_mean, mean(inputs), rtol=1e-3, atol=1e-5)
+    undo_bias_correction(quant_model)
+    torch.testing.assert_close(layer.bias.detach(), before)
+    assert not layer.input_mean.any()

@@ -14,9 +14,9 @@ from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
+from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.reconstruct import (
     BlockData,
-    block_error,
     block_inputs,
     reconstruct_block,
     through,

@@ -1,0 +1,58 @@
+"""How much work a run is worth: images, iterations and tuning under one name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from maskaq_brevitas.config.checks import check_choice
+from maskaq_brevitas.config.tuning import DistillConfig
+
+__all__ = ["EFFORTS", "Effort", "EffortName", "resolve_effort"]
+
+EffortName = Literal["fast", "default", "best"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What a named effort stands for; README gives its minutes and accuracy.
+
+    Attributes:
+        num_images: synthetic images.
+        steps: iterations of synthesis per batch.
+        procedural_share: of the images that are drawn. Smaller where the tuning draws its own.
+        tuning: of the quant model, or None: calibration only.
+    """
+
+    num_images: int
+    steps: int
+    procedural_share: float
+    tuning: DistillConfig | None
+
+
+def _distillation(**values: Any) -> DistillConfig:
+    return DistillConfig(
+        steps_per_epoch=50, refresh_every=None, distance_weight=0.0, feature_weight=1.0, temperature=2.0,
+        learning_rate=4e-5, final_learning_rate=4e-7, scale_learning_rate=5e-4, **values,
+    )  # fmt: skip
+
+
+#: ``fast`` only calibrates. The others distil the outputs of all blocks, on the pool and on drawn images.
+EFFORTS: dict[str, Effort] = {
+    "fast": Effort(num_images=64, steps=100, procedural_share=0.5, tuning=None),
+    "default": Effort(num_images=128, steps=50, procedural_share=0.25, tuning=_distillation(epochs=8, drawn_images=256)),
+    "best": Effort(num_images=384, steps=50, procedural_share=0.25, tuning=_distillation(epochs=40, drawn_images=1024)),
+}
+
+
+def resolve_effort(name: EffortName) -> Effort:
+    """The effort of a name.
+
+    Raises:
+        ConfigurationError: for any other text.
+
+    >>> resolve_effort("fast").tuning is None
+    True
+    """
+    check_choice("effort", name, tuple(EFFORTS))
+    return EFFORTS[name]
