@@ -31,9 +31,14 @@ class Effort:
 
 
 def _distillation(**values: Any) -> DistillConfig:
+    """Distillation of block outputs; scales stay as calibrated, because with them the loss rises after 50 steps.
+
+    ViT-Tiny at w4a4, bfloat16: the mean error of the blocks' outputs went from 0.41 in the first 50 steps to 0.62 in the
+    next with scales that learn at 5e-4, and from 0.45 to 0.39 with fixed ones.
+    """
     return DistillConfig(
         steps_per_epoch=50, refresh_every=None, distance_weight=0.0, feature_weight=1.0, temperature=2.0,
-        learning_rate=4e-5, final_learning_rate=4e-7, scale_learning_rate=5e-4, **values,
+        learning_rate=4e-5, final_learning_rate=4e-7, scale_learning_rate=0.0, **values,
     )  # fmt: skip
 
 
