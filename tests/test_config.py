@@ -75,6 +75,7 @@ def test_scheme_out_of_range(change, message):
         ({"batch_size": True}, "batch_size: expected a whole number >= 1, got True"),
         ({"jitter": -1}, "jitter: expected a whole number >= 0"),
         ({"entropy_rows": 1}, "entropy_rows: expected a whole number >= 2"),
+        ({"head_rows": 0}, "head_rows: expected a whole number >= 1"),
         ({"warmup_steps": 0}, "warmup_steps: expected a whole number >= 1"),
         ({"learning_rate": 0}, "learning_rate: expected a positive number, got 0"),
         ({"learning_rate": "1e-3"}, "learning_rate: expected a positive number, got '1e-3'"),

@@ -33,11 +33,15 @@ class DistillConfig:
         optimizer: ``"adamw"`` or ``"sgd"`` (Nesterov if ``momentum`` is above 0).
         learning_rate: of weights, biases and LayerNorms at the first step.
         final_learning_rate: at the last step (cosine schedule; the scales' rate falls by the same ratio).
+        weight_learning_rate: of the quantized weights, in units of the mean step of each weight's grid; ``None``: they
+            have ``learning_rate`` like all others.
         scale_learning_rate: of the scales of activations and weights, in units of each scale's own value at the start
             (Brevitas does not divide their gradients as LSQ does). 0 leaves them as calibrated.
         momentum: of SGD.
         weight_decay: of the weights.
         max_gradient_norm: the gradient of all parameters together is scaled down to this 2-norm; ``None`` leaves it.
+        kept_tokens: share of the patch tokens that both networks see in a training step, drawn anew for each image. Half
+            of them take little more than half the time, and the images vary more.
         temperature: T of the divergence of the outputs.
         distance_weight: c, the coefficient of the context distance; 0 leaves it out.
         feature_weight: coefficient of the error of the blocks' outputs (:func:`~maskaq_brevitas.tuning.losses.block_error`,
@@ -67,10 +71,12 @@ class DistillConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-6
+    weight_learning_rate: float | None = None
     scale_learning_rate: float = 1e-2
     momentum: float = 0.9
     weight_decay: float = 0.0
     max_gradient_norm: float | None = 1.0
+    kept_tokens: float = 1.0
     temperature: float = 5.0
     distance_weight: float = 10.0
     feature_weight: float = 0.0
@@ -99,6 +105,12 @@ class DistillConfig:
         for name in ("scale_learning_rate", "weight_decay", "distance_weight", "feature_weight"):
             if not finite_number(getattr(self, name)) >= 0:
                 raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
+        if self.weight_learning_rate is not None and not finite_number(self.weight_learning_rate) >= 0:
+            raise ConfigurationError(
+                f"weight_learning_rate: expected a number >= 0 or None, got {self.weight_learning_rate!r}."
+            )
+        if not 0 < finite_number(self.kept_tokens) <= 1:
+            raise ConfigurationError(f"kept_tokens: expected a share in (0, 1], got {self.kept_tokens!r}.")
         if not 0 <= finite_number(self.momentum) < 1:
             raise ConfigurationError(f"momentum: expected a number in [0, 1), got {self.momentum!r}.")
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:

@@ -36,7 +36,7 @@ __all__ = ["EqualizedPlace", "best_scale", "equalize", "has_channel_scales", "qu
 #: other images reach further. On crops of the photographs shipped with scikit-image, 1 % of the hidden units of ViT-Tiny
 #: lay beyond the ranges of synthetic images, and the mean output error at four bits was 0.061 / 0.050 / 0.050 / 0.064 for
 #: fc2 and 0.0137 / 0.0099 / 0.0121 / 0.0211 for fc1 with margins of 0 / 0.25 / 0.5 / 1.
-_MARGIN, _DEAD = 0.25, 1e-3
+_MARGIN, _DEAD, _SILENT = 0.25, 1e-3, 0.75
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Shares of values that a channel's range leaves out at its lower and upper end.
 _TAILS = ((0.0, 0.0), (1e-3, 1e-3), (1e-3, 0.01), (1e-3, 0.05))
@@ -274,8 +274,8 @@ def _centre_place(quant_model: nn.Module, place: ChannelPlace, rows: Tensor) -> 
         least = errors if least is None else torch.where(better, errors, least)
         lows, highs = torch.where(better, low, lows), torch.where(better, high, highs)
     width = highs - lows
-    # A channel that is dead on these images may live on others.
-    width = torch.maximum(width, _DEAD * width.median())
+    # A channel that is silent on these images may speak on others.
+    width = torch.maximum(width, (_DEAD if place.norm is not None else _SILENT) * width.median())
     # An activation function bounds its output below, so only its upper end can lie further out on other images.
     lows = lows if place.norm is None else lows - _MARGIN / 2 * width
     highs = lows + (1 + _MARGIN) * width

@@ -12,6 +12,8 @@ from maskaq_brevitas.errors import InputError
 
 __all__ = ["collect_rows"]
 
+_PREFIX_SHARE = 1 / 8
+
 
 @torch.no_grad()
 def collect_rows(
@@ -19,7 +21,9 @@ def collect_rows(
 ) -> dict[str, Tensor]:
     """Float inputs of the named modules, as rows along the last axis, drawn evenly over the batches.
 
-    The draw is fixed: every module and every run sees the same tokens.
+    Prefix tokens (the class token) get up to an eighth of the rows: their values are of another size than those of
+    patches, the output hangs on them, and left to chance there would be five in a thousand rows, or none. The draw is
+    fixed: every run sees the same tokens.
 
     Args:
         quant_model: a model with Brevitas quantizers, which are off for the duration.
@@ -39,11 +43,14 @@ def collect_rows(
     kept: dict[str, list[Tensor]] = {}
     per_batch = max(1, rows // len(batches))
 
+    prefix = int(getattr(quant_model, "num_prefix_tokens", 0))
+
     def keep(name: str):
         def hook(_module: nn.Module, inputs: tuple) -> None:
+            samples = kept.setdefault(name, [])
+            pick = _drawn_rows(inputs[0].shape, prefix, per_batch, torch.Generator().manual_seed(len(samples)))
             flat = inputs[0].reshape(-1, inputs[0].shape[-1])
-            pick = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:per_batch]
-            kept.setdefault(name, []).append(flat[pick.to(flat.device)].float())
+            samples.append(flat[pick.to(flat.device)].float())
 
         return hook
 
@@ -63,3 +70,13 @@ def collect_rows(
         for module, mode in training.items():
             module.training = mode
     return {name: torch.cat(samples) for name, samples in kept.items()}
+
+
+def _drawn_rows(shape: torch.Size, prefix: int, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of ``count`` rows of an activation ``(..., tokens, channels)``, drawn at random; all if it has fewer."""
+    order = torch.randperm(shape[:-1].numel(), generator=generator)
+    if len(shape) < 3 or prefix == 0:
+        return order[:count]
+    is_prefix = order % shape[-2] < prefix
+    first = order[is_prefix][: max(1, round(_PREFIX_SHARE * count))]
+    return torch.cat([first, order[~is_prefix]])[:count]

@@ -15,7 +15,8 @@ from maskaq_brevitas.progress import BarFactory, random_stream
 from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint
 from maskaq_brevitas.synthesis.pool import SyntheticImages, balanced_labels
-from maskaq_brevitas.synthesis.procedural import dead_leaves_images, procedural_places
+from maskaq_brevitas.synthesis.procedural import procedural_places
+from maskaq_brevitas.synthesis.scenes import scene_images
 from maskaq_brevitas.synthesis.synthesizer import masked_alignment, seen_by, synthesize
 
 __all__ = ["PoolMaker", "RefreshStart", "device_batches", "drop_batches"]
@@ -189,13 +190,13 @@ class PoolMaker:
         return (~procedural_places(len(pool), self.config.procedural_share)).nonzero().flatten()
 
     def drawn(self, count: int, stream: int) -> Tensor | None:
-        """Dead leaves that belong to no pool, as uint8 pixels ``(count, channels, height, width)``; None for none."""
+        """Scenes that belong to no pool, as uint8 pixels ``(count, channels, height, width)``; None for none."""
         if count == 0:
             return None
         pixels = torch.empty(count, *self.geometry.input_size, dtype=torch.uint8)
         with self.bar(count, "Drawing images") as bar:
             for index in range(count):
-                shares = dead_leaves_images((1, *self.geometry.input_size), random_stream(self.seed, stream, index))
+                shares = scene_images((1, *self.geometry.input_size), random_stream(self.seed, stream, index))
                 pixels[index] = shares[0].mul(255).round().to(torch.uint8)
                 bar.update()
         return pixels
@@ -204,7 +205,7 @@ class PoolMaker:
         """Put the images that no optimiser makes; their label is what the float model sees in them."""
         places = procedural_places(len(pool), self.config.procedural_share).nonzero().flatten()
         for chunk in self._chunks(places) if len(places) else ():
-            shares = dead_leaves_images((len(chunk), *self.geometry.input_size), generator)
+            shares = scene_images((len(chunk), *self.geometry.input_size), generator)
             images = self.geometry.normalize(shares)
             outputs, informative = seen_by(self.float_snapshot, self.geometry, images.to(self.device), self.config)
             labels = outputs.argmax(dim=-1) if self.geometry.num_classes else torch.zeros(len(chunk), dtype=torch.long)

@@ -73,7 +73,7 @@ def total_variation_l1(images: Tensor) -> Tensor:
     return horizontal + vertical
 
 
-def head_coherence_loss(attention: Sequence[Tensor], prefix: int) -> Tensor:
+def head_coherence_loss(attention: Sequence[Tensor], prefix: int, rows: Tensor | None = None) -> Tensor:
     """Disagreement of the heads on where each patch looks: mean of 1 - SSIM^2 over pairs of heads (MimiQ; L_head).
 
     For each layer, image and query patch, the attention over patches is min-max normalised per head; global SSIM with
@@ -82,6 +82,8 @@ def head_coherence_loss(attention: Sequence[Tensor], prefix: int) -> Tensor:
     Args:
         attention: one ``(batch, heads, tokens, tokens)`` per layer.
         prefix: tokens before the patches.
+        rows: indices of the query patches to use in each layer, ``(rows,)``; all if None. Patches count alike, so a
+            random sample gives the same loss on average.
 
     Returns:
         ``(batch,)``, between 0 (all heads agree) and 1; zero for a model with one head.
@@ -93,7 +95,8 @@ def head_coherence_loss(attention: Sequence[Tensor], prefix: int) -> Tensor:
             per_layer.append(layer.new_zeros(layer.shape[0], dtype=torch.float32))
             continue
         # (batch, heads, queries, keys) -> (batch, queries, heads, keys)
-        maps = layer[..., prefix:, prefix:].float().transpose(1, 2)
+        maps = layer[..., prefix:, prefix:]
+        maps = (maps if rows is None else maps[:, :, rows]).float().transpose(1, 2)
         low = maps.amin(dim=-1, keepdim=True)
         maps = (maps - low) / (maps.amax(dim=-1, keepdim=True) - low + 1e-8)
         mean = maps.mean(dim=-1, keepdim=True)
@@ -125,9 +128,8 @@ def similarity_entropy(attention: Tensor, prefix: int, rows: Tensor | None = Non
     Returns:
         ``(batch,)``, in nats.
     """
-    maps = attention[..., prefix:, prefix:].float().mean(dim=1)  # (batch, queries, keys)
-    if rows is not None:
-        maps = maps[:, rows]
+    maps = attention[..., prefix:, prefix:]
+    maps = (maps if rows is None else maps[:, :, rows]).float().mean(dim=1)  # (batch, queries, keys)
     maps = F.normalize(maps, dim=-1)
     similarity = maps @ maps.transpose(-2, -1)
     variance = similarity.flatten(1).var(dim=1, unbiased=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskaq_brevitas.synthesis.augment import low_frequency_images
 
-__all__ = ["dead_leaves_images", "procedural_places"]
+__all__ = ["dead_leaves_images", "procedural_places", "shape_distance"]
 
 # Radii of the shapes in half image sides, and how many shapes an image gets.
 _SMALLEST, _LARGEST = 0.05, 0.9
@@ -53,7 +53,7 @@ def _scene(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
         down, right = rows - 2.2 * _uniform(generator) + 1.1, columns - 2.2 * _uniform(generator) + 1.1
         along = right * math.cos(angle) + down * math.sin(angle)
         across = down * math.cos(angle) - right * math.sin(angle)
-        distance = _distance(along / (radius * aspect), across / (radius / aspect), generator)
+        distance = shape_distance(along / (radius * aspect), across / (radius / aspect), generator)
         cover = ((1 - distance) * radius * min(height, width) / _MEAN_EXTENT).clamp(0, 1)
 
         texture = textures[int(torch.randint(_TEXTURES, (), generator=generator))]
@@ -66,7 +66,7 @@ def _scene(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     return ((image + 1) / 2).clamp(0, 1)
 
 
-def _distance(along: Tensor, across: Tensor, generator: torch.Generator) -> Tensor:
+def shape_distance(along: Tensor, across: Tensor, generator: torch.Generator) -> Tensor:
     """Distance from the centre, 1 at the border, of an ellipse, a rectangle or a triangle of unit radius."""
     kind = int(torch.randint(3, (), generator=generator))
     if kind == 0:

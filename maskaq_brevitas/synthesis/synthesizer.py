@@ -233,11 +233,10 @@ def _terms(
         terms["tv"] = config.tv_weight, norm(images)
     if config.head_weight > 0:
         attention = _attention(seen_by_float, config.head_attention, geometry, float_snapshot)
-        terms["head"] = config.head_weight, objectives.head_coherence_loss(attention, prefix)
+        rows = _rows(config.head_rows, geometry, generator, images.device)
+        terms["head"] = config.head_weight, objectives.head_coherence_loss(attention, prefix, rows)
     if config.entropy_weight > 0:
-        rows = None
-        if config.entropy_rows is not None and config.entropy_rows < geometry.patches:
-            rows = torch.randperm(geometry.patches, generator=generator)[: config.entropy_rows].to(images.device)
+        rows = _rows(config.entropy_rows, geometry, generator, images.device)
         attention = _attention(seen_by_float, config.entropy_attention, geometry, float_snapshot)
         terms["entropy"] = config.entropy_weight, objectives.entropy_loss(attention, prefix, rows)
     if quant_snapshot is not None and config.align_weight > 0:
@@ -248,6 +247,13 @@ def _terms(
         quant_rows = masks.received_attention(attention, prefix, geometry.class_token)
         terms["align"] = config.align_weight, objectives.masked_alignment_loss(float_rows, quant_rows, mask)
     return terms
+
+
+def _rows(count: int | None, geometry: Geometry, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """``count`` patches drawn at random, indices; None for all."""
+    if count is None or count >= geometry.patches:
+        return None
+    return torch.randperm(geometry.patches, generator=generator)[:count].to(device)
 
 
 def _mask(

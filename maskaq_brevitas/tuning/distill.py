@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
 from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
 from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -21,7 +22,8 @@ from maskaq_brevitas.errors import InputError, ModelError, TuningError
 from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
 from maskaq_brevitas.models.block_tap import block_tap
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.quant.trainable import biases_follow, compile_blocks, training_twin
+from maskaq_brevitas.models.token_choice import TokenChoice, draw_tokens, patch_count, token_choice
+from maskaq_brevitas.quant.trainable import biases_follow, compile_blocks, scales_turn, set_pivots, training_twin
 from maskaq_brevitas.tuning.losses import block_error, context_distance, temperature_divergence
 
 __all__ = ["Distiller", "Losses", "augment", "parameter_groups"]
@@ -130,9 +132,12 @@ class Distiller:
         layers = [parameter for parameter in stepped if id(parameter) not in logarithms]
         sums, done, skipped = [0.0] * 4, 0, 0
         limit = self.config.max_gradient_norm or math.inf
-        with self._trainable([*layers, *(scale for scale, _ in self.scales)]), self._taps() as taps:
+        trained = [*layers, *(scale for scale, _ in self.scales)]
+        with self._trainable(trained), self._taps() as taps, self._token_choice() as choice:
             for images in batches:
                 images = augment(images, self.config.augment, generator, self.geometry)
+                if choice is not None:
+                    choice.indices = self._drawn_tokens(len(images), generator).to(images.device)
                 self._set_rates()
                 self.quant_model.zero_grad(set_to_none=True)
                 losses = self._losses(images, taps)
@@ -143,7 +148,7 @@ class Distiller:
                 self.step += 1
                 values = [float(loss.detach()) for loss in losses]
                 if math.isfinite(values[0]) and bool(torch.isfinite(norm)):
-                    with biases_follow(self.network):
+                    with scales_turn(self.network), biases_follow(self.network):
                         self.optimizer.step()
                         self._move_scales()
                     sums = [total + value for total, value in zip(sums, values, strict=True)]
@@ -206,6 +211,8 @@ class Distiller:
             network = training_twin(self.quant_model)
         except ModelError:  # a user's own quantizers: Brevitas itself computes them
             return self.quant_model, self.float_snapshot
+        if self.config.scale_learning_rate > 0:
+            set_pivots(network, self.quant_model)
         teacher = self.float_snapshot
         # A compiled block hides what is tapped inside it, so the context distance rules it out.
         if self.config.distance_weight == 0 and self._is_worth_compiling():
@@ -213,6 +220,14 @@ class Distiller:
             compile_blocks(network)
             compile_blocks(teacher)
         return network, teacher
+
+    def _token_choice(self) -> AbstractContextManager[TokenChoice | None]:
+        return token_choice((self.teacher, self.network)) if self.config.kept_tokens < 1 else nullcontext()
+
+    def _drawn_tokens(self, batch: int, generator: torch.Generator) -> Tensor:
+        patches = patch_count(self.quant_model)
+        kept = max(1, round(self.config.kept_tokens * patches))
+        return draw_tokens(batch, patches, kept, self.prefix, generator)
 
     def _is_worth_compiling(self) -> bool:
         if self.config.compile != "auto":
@@ -289,7 +304,8 @@ class Distiller:
 def parameter_groups(
     quant_model: nn.Module, config: DistillConfig
 ) -> tuple[list[dict[str, Any]], list[tuple[nn.Parameter, nn.Parameter]]]:
-    """Parameter groups for an optimiser: matrices; biases and LayerNorms (no decay); logarithms of scales.
+    """Parameter groups for an optimiser: quantized weights, if they have a rate of their own; other matrices; biases and
+    LayerNorms (no decay); logarithms of scales.
 
     Beside torch's own keys each has ``first_lr``, the rate at the first step.
 
@@ -309,10 +325,14 @@ def parameter_groups(
             scales[id(module.value)] = module.value
         elif isinstance(module, ParameterFromRuntimeZeroPoint):
             fixed.add(id(module.value))
-    others = [parameter for parameter in quant_model.parameters() if id(parameter) not in {*scales, *fixed}]
+    steps = _weight_steps(quant_model) if config.weight_learning_rate is not None else {}
+    others = [
+        parameter for parameter in quant_model.parameters() if id(parameter) not in {*scales, *fixed, *map(id, steps)}
+    ]
     pairs = [(scale, nn.Parameter(torch.zeros_like(scale))) for scale in scales.values()]
     groups: list[dict[str, Any]] = []
     for chosen, rate, decay in (
+        *(([weight], config.weight_learning_rate * step, config.weight_decay) for weight, step in steps.items()),
         ([parameter for parameter in others if parameter.ndim > 1], config.learning_rate, config.weight_decay),
         ([parameter for parameter in others if parameter.ndim < 2], config.learning_rate, 0.0),
         ([logarithm for _, logarithm in pairs], config.scale_learning_rate, 0.0),
@@ -320,6 +340,15 @@ def parameter_groups(
         if chosen and rate > 0:
             groups.append(dict(params=chosen, lr=rate, first_lr=rate, weight_decay=decay))
     return groups, pairs if config.scale_learning_rate > 0 else []
+
+
+def _weight_steps(quant_model: nn.Module) -> dict[nn.Parameter, float]:
+    """The quantized weights, and the mean step of each one's grid."""
+    found: dict[nn.Parameter, float] = {}
+    for module in quant_model.modules():
+        if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled:
+            found[module.weight] = float(module.weight_quant.scale().detach().mean())
+    return found
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, geometry: Geometry | None = None) -> Tensor:

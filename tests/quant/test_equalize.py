@@ -213,3 +213,33 @@ def test_collect_rows_sees_float_values_and_every_batch(tiny_vit):
     assert len(distance.argmin(dim=1).unique()) == len(found)
     few = collect_rows(quant_model, ["blocks.1.mlp.fc1"], [images(0), images(1)], rows=6)["blocks.1.mlp.fc1"]
     assert few.shape == (6, 64)
+
+
+def test_collect_rows_gives_prefix_tokens_an_eighth(tiny_vit):
+    quant_model, _ = swap_layers(tiny_vit, "w4a4")
+    places = ["blocks.1.mlp.fc1", "blocks.1.attn.probabilities", "head"]
+    prefix = []
+    handle = tiny_vit.blocks[1].mlp.fc1.register_forward_pre_hook(lambda _, args: prefix.append(args[0][:, 0]))
+    batches = [torch.cat([images(seed), images(seed + 10)]) for seed in range(4)]
+    with torch.no_grad():
+        for batch in batches:
+            tiny_vit(batch)
+    handle.remove()
+    found = collect_rows(quant_model, places, batches, rows=4 * 48)
+    rows = found["blocks.1.mlp.fc1"]
+    distance = torch.cdist(rows, torch.cat(prefix).detach(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert rows.shape == (4 * 48, 64)
+    assert (distance.min(dim=1).values < 1e-4).sum() == 4 * 6
+    assert found["blocks.1.attn.probabilities"].shape == (4 * 48, 17)
+    assert found["head"].shape == (len(torch.cat(batches)), 64)
+
+
+def test_a_silent_hidden_unit_gets_most_of_the_usual_range(tiny_vit):
+    with torch.no_grad():
+        tiny_vit.blocks[0].mlp.fc1.bias[5] = -30.0  # never fires here
+        tiny_vit.blocks[0].mlp.fc1.weight[7] *= 1e-3
+    quant_model, _ = swap_layers(tiny_vit, "w4a4")
+    (place,) = [place for place in equalize(quant_model, [images()]) if place.name == "blocks.0.mlp.norm"]
+    for unit in (5, 7):
+        assert float(place.scales[unit]) == pytest.approx(0.75 * float(place.scales.median()), rel=0.15)
+    assert float(place.scales.min()) > 0.5 * float(place.scales.median())

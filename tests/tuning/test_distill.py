@@ -285,3 +285,38 @@ def test_cutmix_puts_a_box_of_one_image_into_another():
     changed = (mixed != published).any(dim=1)
     assert changed.any() and torch.equal(changed[0], changed[1])
     assert torch.equal(mixed[0][:, changed[0]], published[1][:, changed[0]])
+
+
+def test_networks_are_trained_on_the_same_share_of_tokens_and_measured_on_all(tiny_vit, quant_model, images):
+    distiller = _distiller(tiny_vit, quant_model, distance_weight=0.0, feature_weight=1.0, kept_tokens=0.5)
+    seen = {"float": [], "quant": []}
+    for name, model in (("float", distiller.teacher), ("quant", distiller.network)):
+        model.blocks[0].register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].detach()))
+    distiller.train_epoch(images.split(4), _generator())
+    # Float and quant embeddings differ by rounding, tokens by far more.
+    for ours, theirs in zip(seen["float"], seen["quant"], strict=True):
+        assert ours.shape == theirs.shape == (4, 1 + 8, 64)
+        assert torch.cdist(ours, theirs).argmin(dim=-1).eq(torch.arange(9)).float().mean() > 0.9
+    assert not torch.equal(seen["float"][0], seen["float"][1])
+    distiller.validation_loss([images])
+    assert seen["quant"][-1].shape == (8, 17, 64)
+    assert type(quant_model.patch_drop) is nn.Identity and type(distiller.teacher.patch_drop) is nn.Identity
+
+
+def test_quantized_weights_learn_in_units_of_their_grid(tiny_vit, quant_model, images):
+    config = DistillConfig(learning_rate=1e-5, final_learning_rate=1e-7, weight_learning_rate=0.01, scale_learning_rate=0.0)
+    groups, _ = parameter_groups(quant_model, config)
+    layer = quant_model.blocks[0].mlp.fc1
+    step = float(layer.weight_quant.scale().mean())
+    (group,) = [group for group in groups if any(parameter is layer.weight for parameter in group["params"])]
+    assert group["lr"] == group["first_lr"] == pytest.approx(0.01 * step)
+    counted = [parameter for group in groups for parameter in group["params"]]
+    assert len({id(parameter) for parameter in counted}) == len(counted)
+    before = layer.weight.detach().clone()
+    distiller = _distiller(
+        tiny_vit, quant_model, learning_rate=1e-5, final_learning_rate=1e-7, weight_learning_rate=0.01,
+        scale_learning_rate=0.0, max_gradient_norm=None,
+    )  # fmt: skip
+    distiller.train_epoch([images], _generator())
+    # Adam's first step is its rate.
+    assert float((layer.weight - before).abs().median()) == pytest.approx(0.01 * step, rel=1e-2)

@@ -1,0 +1,81 @@
+"""Lets a Vision Transformer see only some of its patch tokens while a context is open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from maskaq_brevitas.errors import ModelError
+
+__all__ = ["TokenChoice", "draw_tokens", "patch_count", "token_choice"]
+
+
+class TokenChoice(nn.Module):
+    """Passes on the tokens whose ``indices`` are set, ``(batch, kept)``; all of them while that is None."""
+
+    indices: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.indices is None:
+            return tokens
+        return tokens.gather(1, self.indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+@contextmanager
+def token_choice(models: Sequence[nn.Module]) -> Iterator[TokenChoice]:
+    """A context in which ``models`` drop tokens behind their position embedding, all of them the same.
+
+    What is kept keeps its position, because positions are added before. A ViT is used to that: patch dropout is a common
+    augmentation of its training.
+
+    Args:
+        models: timm ViTs, which have an idle ``patch_drop`` at that place.
+
+    Yields:
+        Their common :class:`TokenChoice`; set its ``indices`` before a forward pass.
+
+    Raises:
+        ModelError: if a model has no such place, or drops patches itself.
+    """
+    for model in models:
+        if not isinstance(getattr(model, "patch_drop", None), nn.Identity):
+            raise ModelError(
+                f"{type(model).__name__} has no idle patch_drop module behind its position embedding, so no tokens can be "
+                "left out; use kept_tokens=1."
+            )
+    choice = TokenChoice()
+    originals = [model.patch_drop for model in models]
+    try:
+        for model in models:
+            model.patch_drop = choice
+        yield choice
+    finally:
+        for model, original in zip(models, originals, strict=True):
+            model.patch_drop = original
+
+
+def patch_count(model: nn.Module) -> int:
+    """Patch tokens of a timm ViT at its own input size.
+
+    Raises:
+        ModelError: if the model does not tell.
+    """
+    count = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if count is None:
+        raise ModelError(f"{type(model).__name__} does not tell its number of patches; use kept_tokens=1.")
+    return count
+
+
+def draw_tokens(batch: int, patches: int, kept: int, prefix: int, generator: torch.Generator) -> Tensor:
+    """Indices of all ``prefix`` tokens and of ``kept`` patch tokens drawn for each image, ``(batch, prefix + kept)``.
+
+    Example:
+        >>> draw_tokens(2, 4, 4, 1, torch.Generator().manual_seed(0)).sort().values.tolist()
+        [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    """
+    first = torch.arange(prefix).expand(batch, -1)
+    drawn = torch.rand(batch, patches, generator=generator).argsort(dim=1)[:, :kept]
+    return torch.cat([first, prefix + drawn], dim=1)
