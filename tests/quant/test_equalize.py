@@ -123,14 +123,14 @@ def test_channels_with_their_own_scales_are_only_shifted(tiny_vit, bits):
 
 
 def test_ranges_of_channels_have_a_margin(tiny_vit):
-    """The lowest value of a channel falls on the lowest code behind GELU, and 0.125 ranges inside behind a LayerNorm."""
+    """The lowest value of a channel falls on the lowest code behind GELU, and 0.075 ranges inside behind a LayerNorm."""
     quant_model, _ = swap_layers(tiny_vit, "w8a8")
     places = {place.name: place for place in equalize(quant_model, [images()])}
     rows = collect_rows(quant_model, ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], [images()], rows=10_000)
-    for name, layer, inside in (("blocks.0.norm2", "blocks.0.mlp.fc1", 0.125), ("blocks.0.mlp.norm", "blocks.0.mlp.fc2", 0)):
+    for name, layer, inside in (("blocks.0.norm2", "blocks.0.mlp.fc1", 0.075), ("blocks.0.mlp.norm", "blocks.0.mlp.fc2", 0)):
         codes = rows[layer] / places[name].scales
-        width = 255 / 1.25
-        # Eight bits: no tail is worth clipping by more than a code or two; the search may cut 0.1 % of 68 rows, one value.
+        width = 255 / 1.15
+        # Eight bits: no end of a range is worth clipping.
         lowest, highest = (torch.kthvalue(codes, k, dim=0).values for k in (1, len(codes)))
         whole = (highest - lowest - width).abs() < 1.0
         assert whole.float().mean() > 0.5

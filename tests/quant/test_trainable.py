@@ -112,7 +112,7 @@ def test_pivots_change_no_output_and_give_scales_the_gradient_of_their_shift(tin
     (wanted,) = torch.autograd.grad((quantizer(x - shift) + shift).square().sum(), quantizer.value)
     torch.testing.assert_close(ours, wanted)
     (plain,) = torch.autograd.grad(quantizer(x).square().sum(), quantizer.value)
-    assert (ours - plain).norm() > 0.1 * plain.norm()
+    assert (ours - plain).norm() > 0.05 * plain.norm()
 
 
 def test_turned_scales_keep_the_code_of_zero_behind_a_gelu_and_of_the_mean_behind_a_norm(tiny_vit):
