@@ -56,6 +56,9 @@ class SynthesisConfig:
         mask_start, mask_end: share of patches that count as informative at the first and last iteration (linear).
         mask_drop: share of the selected patches dropped at random in each iteration.
         mask_enabled: ``False`` aligns all patches.
+        kept_tokens: share of the patches that both networks still see at the end: those that receive least attention are
+            dropped in four cuts before 40 % of the iterations (sparse inversion), and an iteration costs less and less.
+            What they show is then shaped by total variation alone. 1 drops none.
         jitter: the image is rolled by up to this many pixels in each direction, first half of the run; pixels of an
             image whose shorter side is 224, scaled to the model's size.
         late_jitter: the same, second half.
@@ -91,6 +94,7 @@ class SynthesisConfig:
     mask_end: float = 0.1
     mask_drop: float = 0.3
     mask_enabled: bool = True
+    kept_tokens: float = 1.0
     jitter: int = 8
     late_jitter: int = 16
     flip: bool = False
@@ -110,7 +114,7 @@ class SynthesisConfig:
         for name in ("learning_rate", "final_learning_rate"):
             if not finite_number(getattr(self, name)) > 0:
                 raise ConfigurationError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
-        for name in ("mask_start", "mask_end"):
+        for name in ("mask_start", "mask_end", "kept_tokens"):
             if not 0 < finite_number(getattr(self, name)) <= 1:
                 raise ConfigurationError(f"{name}: expected a share in (0, 1], got {getattr(self, name)!r}.")
         for name in ("mask_drop", "procedural_share"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["colour_jitter", "gaussian_images", "low_frequency_images", "natural_amplitude", "pixel_noise", "roll_jitter"]
+__all__ = ["colour_jitter", "draw_roll", "gaussian_images", "low_frequency_images", "natural_amplitude", "pixel_noise"]
 
 
 def gaussian_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
@@ -57,12 +57,12 @@ def low_frequency_images(shape: tuple[int, int, int, int], generator: torch.Gene
     return images / images.std(dim=(1, 2, 3), keepdim=True)
 
 
-def roll_jitter(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
-    """All images rolled by one random offset of up to ``reach`` pixels in each direction, wrapping around."""
+def draw_roll(reach: int, generator: torch.Generator) -> tuple[int, int]:
+    """A random offset of up to ``reach`` pixels down and to the right."""
     if reach == 0:
-        return images
+        return 0, 0
     down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
-    return torch.roll(images, shifts=(down, right), dims=(-2, -1))
+    return down, right
 
 
 def colour_jitter(images: Tensor, shift: float, scale: float, generator: torch.Generator) -> Tensor:

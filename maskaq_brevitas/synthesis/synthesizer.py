@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import cos, pi
 
@@ -14,9 +14,11 @@ from maskaq_brevitas.config import AttentionKind, SynthesisConfig
 from maskaq_brevitas.errors import InputError, SynthesisError
 from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
 from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.models.token_choice import TokenChoice, token_choice
 from maskaq_brevitas.synthesis import augment, masks, objectives
 from maskaq_brevitas.synthesis.parameterize import ImageParameter, PixelParameter, SpectrumParameter
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
+from maskaq_brevitas.synthesis.tokens import KeptTokens
 
 __all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "seen_by", "synthesize"]
 
@@ -92,15 +94,14 @@ def synthesize(
     batch = SynthesizedBatch(images=torch.empty(0), informative=torch.empty(0))
     final_rate = min(config.final_learning_rate, peak_rate)
 
-    points = _tap_points(config)
-    with attention_tap(float_snapshot, *points) as seen_by_float, _tap(quant_snapshot, points) as seen_by_quant:
+    tokens = KeptTokens(geometry, len(labels), config.kept_tokens)
+    with _networks(float_snapshot, quant_snapshot, config) as networks:
         for step in range(steps):
             progress = step / max(1, steps - 1)
+            if tokens.is_due(progress) and step > 0:
+                tokens.cut(networks.received(geometry, config).mean(dim=0), progress)
             optimizer.param_groups[0]["lr"] = final_rate + (peak_rate - final_rate) * (1 + cos(pi * progress)) / 2
-            terms = _terms(
-                parameter.images(), labels, float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, geometry, config,
-                progress, generator,
-            )  # fmt: skip
+            terms = _terms(parameter.images(), labels, networks, tokens, geometry, config, progress, generator)
             objective = sum(weight * term for weight, term in terms.values())
             (gradient,) = torch.autograd.grad(objective.sum(), parameter.value)
             broken = ~(torch.isfinite(objective) & torch.isfinite(gradient.flatten(1)).all(dim=1))
@@ -202,13 +203,42 @@ def draw_start(
     return augment.low_frequency_images(shape, generator) * 0.2 * (high - low)
 
 
+@dataclass
+class _Networks:
+    """Both networks, and what their attention was in the last forward pass."""
+
+    float_snapshot: nn.Module
+    quant_snapshot: nn.Module | None
+    seen_by_float: AttentionRecord
+    seen_by_quant: AttentionRecord | None
+    choice: TokenChoice | None
+
+    def received(self, geometry: Geometry, config: SynthesisConfig) -> Tensor:
+        """Attention that the patches received in the float model, of the kind of the masks, ``(layers, batch, patches)``."""
+        attention = _attention(self.seen_by_float, config.mask_attention, geometry, self.float_snapshot)
+        return masks.received_attention(attention, geometry.prefix_tokens, geometry.class_token).detach()
+
+
+@contextmanager
+def _networks(
+    float_snapshot: nn.Module, quant_snapshot: nn.Module | None, config: SynthesisConfig
+) -> Iterator[_Networks]:
+    """Both networks with their attention tapped, and told which tokens to leave out."""
+    points = _tap_points(config)
+    models = [float_snapshot] if quant_snapshot is None else [float_snapshot, quant_snapshot]
+    with (
+        attention_tap(float_snapshot, *points) as seen_by_float,
+        _tap(quant_snapshot, points) as seen_by_quant,
+        token_choice(models) if config.kept_tokens < 1 else nullcontext(None) as choice,
+    ):
+        yield _Networks(float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, choice)
+
+
 def _terms(
     images: Tensor,
     labels: Tensor,
-    float_snapshot: nn.Module,
-    quant_snapshot: nn.Module | None,
-    seen_by_float: AttentionRecord,
-    seen_by_quant: AttentionRecord | None,
+    networks: _Networks,
+    tokens: KeptTokens,
     geometry: Geometry,
     config: SynthesisConfig,
     progress: float,
@@ -216,44 +246,50 @@ def _terms(
 ) -> dict[str, tuple[float, Tensor]]:
     """Weight and value ``(batch,)`` of every term that is switched on, from one forward pass of each network."""
     reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
-    x = augment.roll_jitter(images, reach, generator)
+    down, right = augment.draw_roll(reach, generator)
+    x = torch.roll(images, shifts=(down, right), dims=(-2, -1))
     x = augment.colour_jitter(x, config.colour_shift * (1 - progress), config.colour_scale, generator)
-    if config.flip and torch.rand((), generator=generator) < 0.5:
-        x = x.flip(-1)
-    prefix = geometry.prefix_tokens
+    flipped = config.flip and bool(torch.rand((), generator=generator) < 0.5)
+    x = x.flip(-1) if flipped else x
+    if networks.choice is not None:
+        networks.choice.indices = tokens.tokens(down, right, flipped).to(images.device)
+    prefix, patches = geometry.prefix_tokens, tokens.places.shape[1]
+    aligned = networks.quant_snapshot is not None and config.align_weight > 0
     terms: dict[str, tuple[float, Tensor]] = {}
     with _autocast(config, images.device):
-        logits = float_snapshot(x)
-        if quant_snapshot is not None and config.align_weight > 0:
-            quant_snapshot(x)
+        logits = networks.float_snapshot(x)
+        if aligned:
+            networks.quant_snapshot(x)
     if config.class_weight > 0 and geometry.num_classes > 0:
         terms["class"] = config.class_weight, objectives.class_loss(logits.float(), labels)
     if config.tv_weight > 0:
         norm = objectives.total_variation if config.tv_norm == "l2" else objectives.total_variation_l1
         terms["tv"] = config.tv_weight, norm(images)
+
+    def seen(kind: AttentionKind) -> list[Tensor]:
+        return _attention(networks.seen_by_float, kind, geometry, networks.float_snapshot)
+
     if config.head_weight > 0:
-        attention = _attention(seen_by_float, config.head_attention, geometry, float_snapshot)
-        rows = _rows(config.head_rows, geometry, generator, images.device)
-        terms["head"] = config.head_weight, objectives.head_coherence_loss(attention, prefix, rows)
+        rows = _rows(config.head_rows, patches, generator, images.device)
+        terms["head"] = config.head_weight, objectives.head_coherence_loss(seen(config.head_attention), prefix, rows)
     if config.entropy_weight > 0:
-        rows = _rows(config.entropy_rows, geometry, generator, images.device)
-        attention = _attention(seen_by_float, config.entropy_attention, geometry, float_snapshot)
-        terms["entropy"] = config.entropy_weight, objectives.entropy_loss(attention, prefix, rows)
-    if quant_snapshot is not None and config.align_weight > 0:
-        share = masks.mask_share(progress, config.mask_start, config.mask_end)
-        mask, float_rows = _mask(seen_by_float, geometry, config, float_snapshot, share)
+        rows = _rows(config.entropy_rows, patches, generator, images.device)
+        terms["entropy"] = config.entropy_weight, objectives.entropy_loss(seen(config.entropy_attention), prefix, rows)
+    if aligned:
+        share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
+        mask, float_rows = _mask(networks.seen_by_float, geometry, config, networks.float_snapshot, min(1.0, share))
         mask = masks.drop_at_random(mask, config.mask_drop, generator)
-        attention = _attention(seen_by_quant, config.align_attention, geometry, quant_snapshot)
+        attention = _attention(networks.seen_by_quant, config.align_attention, geometry, networks.quant_snapshot)
         quant_rows = masks.received_attention(attention, prefix, geometry.class_token)
         terms["align"] = config.align_weight, objectives.masked_alignment_loss(float_rows, quant_rows, mask)
     return terms
 
 
-def _rows(count: int | None, geometry: Geometry, generator: torch.Generator, device: torch.device) -> Tensor | None:
-    """``count`` patches drawn at random, indices; None for all."""
-    if count is None or count >= geometry.patches:
+def _rows(count: int | None, patches: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """``count`` of the patches drawn at random, indices; None for all."""
+    if count is None or count >= patches:
         return None
-    return torch.randperm(geometry.patches, generator=generator)[:count].to(device)
+    return torch.randperm(patches, generator=generator)[:count].to(device)
 
 
 def _mask(

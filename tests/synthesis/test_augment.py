@@ -42,17 +42,12 @@ def test_gaussian_images():
     assert float(images.mean()) == pytest.approx(0, abs=0.02) and float(images.std()) == pytest.approx(1, abs=0.02)
 
 
-def test_roll_is_one_wrapped_offset_within_reach():
-    images = torch.arange(2 * 49.0).view(2, 1, 7, 7)
-    seen = set()
-    for seed in range(200):
-        rolled = augment.roll_jitter(images, 2, generator(seed)).numpy()
-        offsets = [(down, right) for down in range(-2, 3) for right in range(-2, 3)
-                   if np.array_equal(np.roll(images.numpy(), (down, right), (2, 3)), rolled)]  # fmt: skip
-        assert len(offsets) == 1
-        seen.add(offsets[0])
-    assert {down for down, _ in seen} == {right for _, right in seen} == {-2, -1, 0, 1, 2}
-    assert augment.roll_jitter(images, 0, generator()) is images
+def test_rolls_cover_every_offset_and_nothing_else():
+    drawn = [augment.draw_roll(2, generator(seed)) for seed in range(200)]
+    assert set(drawn) == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
+    stream = generator()
+    before = stream.get_state()
+    assert augment.draw_roll(0, stream) == (0, 0) and torch.equal(stream.get_state(), before)
 
 
 def test_colour_jitter_is_affine_per_image_and_channel():

@@ -13,6 +13,7 @@ from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.synthesis import objectives
 from maskaq_brevitas.synthesis import synthesizer
+from maskaq_brevitas.synthesis.tokens import KeptTokens
 from maskaq_brevitas.tuning.calibrate import calibrate
 
 
@@ -175,9 +176,9 @@ def test_published_objective_is_the_paper(tiny_vit, progress):
             rows, [reference.received(layer, 1, True) for layer in theirs], [chosen] * len(rows))),
     }  # fmt: skip
     float_model, frozen = float_snapshot(tiny_vit), frozen_snapshot(quant_model)
-    with attention_tap(float_model, "logits") as seen, attention_tap(frozen, "logits") as seen_quant:
+    with synthesizer._networks(float_model, frozen, config) as networks:
         terms = synthesizer._terms(
-            image, torch.tensor([3]), float_model, frozen, seen, seen_quant, geometry, config, progress,
+            image, torch.tensor([3]), networks, KeptTokens(geometry, 1, 1.0), geometry, config, progress,
             torch.Generator().manual_seed(0),
         )  # fmt: skip
     assert terms.keys() == expected.keys()

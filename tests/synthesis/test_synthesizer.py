@@ -110,7 +110,7 @@ def test_same_seed_same_bytes(pair):
 @pytest.mark.parametrize(
     "change",
     (
-        {"align_weight": 0.0}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"flip": True},
+        {"align_weight": 0.0}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"head_rows": 4}, {"kept_tokens": 0.5}, {"flip": True},
         {"head_attention": "probabilities"}, {"align_attention": "probabilities"}, {"init": "low_frequency"}, {"init": "dead_leaves"},
         {"tv_norm": "l1"}, {"precision": "bfloat16"}, {"mask_drop": 0.0}, {"colour_shift": 0.0}, {"jitter": 0},
         {"parameterization": "spectrum"}, {"align_attention": "logits"}, {"mask_attention": "probabilities"},

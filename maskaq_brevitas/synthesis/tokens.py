@@ -1,0 +1,73 @@
+"""Which patches both networks still see while images are synthesised: the informative ones, fewer as the run goes on.
+
+Sparse model inversion (Hu et al., ICML 2024): what an image is about settles early in a few patches, and the others cost
+as much and are pushed towards noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maskaq_brevitas.models.geometry import Geometry
+
+__all__ = ["KeptTokens"]
+
+# Shares of the run behind which patches are dropped, each time by the same ratio.
+_CUTS = (0.1, 0.2, 0.3, 0.4)
+
+
+class KeptTokens:
+    """The patches of each image that are kept, by their place on the image itself.
+
+    Args:
+        geometry: of the model.
+        batch: images.
+        share: of the patches that is kept in the end, in (0, 1]; at least one.
+
+    Attributes:
+        places: numbers of the kept patches, ``(batch, kept)``, on the CPU.
+    """
+
+    def __init__(self, geometry: Geometry, batch: int, share: float):
+        self.geometry = geometry
+        self.share = share
+        self.cuts = 0
+        self.places = torch.arange(geometry.patches).expand(batch, -1)
+
+    def is_due(self, progress: float) -> bool:
+        """Whether patches have to be dropped before the iteration at ``progress`` (0 at the first one, 1 at the last)."""
+        return self.share < 1 and sum(progress >= cut for cut in _CUTS) > self.cuts
+
+    def cut(self, received: Tensor, progress: float) -> None:
+        """Drop the patches that receive least attention.
+
+        Args:
+            received: attention that each kept patch receives, ``(batch, kept)``, in the order of :attr:`places`.
+            progress: see :meth:`is_due`.
+        """
+        self.cuts = sum(progress >= cut for cut in _CUTS)
+        count = max(1, round(self.geometry.patches * self.share ** (self.cuts / len(_CUTS))))
+        best = received.cpu().topk(min(count, received.shape[1]), dim=1).indices
+        self.places = self.places.gather(1, best)
+
+    def tokens(self, down: int, right: int, flipped: bool) -> Tensor:
+        """Token numbers of the kept patches and of all prefix tokens in images that are rolled, then perhaps mirrored.
+
+        An offset of half a patch or more moves a place on by one patch, around the border where need be.
+
+        Args:
+            down, right: offset of the roll, in pixels.
+            flipped: whether the rolled images are mirrored.
+
+        Returns:
+            ``(batch, prefix + kept)``; behind the prefix tokens in the order of :attr:`places`.
+        """
+        rows, columns = self.geometry.grid
+        _, height, width = self.geometry.input_size
+        row = (self.places // columns + round(down * rows / height)) % rows
+        column = (self.places % columns + round(right * columns / width)) % columns
+        if flipped:
+            column = columns - 1 - column
+        prefix = torch.arange(self.geometry.prefix_tokens).expand(len(self.places), -1)
+        return torch.cat([prefix, self.geometry.prefix_tokens + row * columns + column], dim=1)
