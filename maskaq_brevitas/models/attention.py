@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelAffine", "ExplicitAttention"]
+__all__ = ["ChannelAffine", "ExplicitAttention", "Tap"]
 
 
 class ChannelAffine(nn.Module):
@@ -32,12 +32,44 @@ class ChannelAffine(nn.Module):
         return x * self.multiplier + self.offset
 
 
+class Tap(nn.Module):
+    """Identity that hands on what passes to listeners: lists that a value is appended to.
+
+    A listener is no hook, so a compiled block keeps its taps: only the call that tells them is left out of its graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listeners: list[list[Tensor]] = []
+        self.is_open = False
+
+    def open(self, listener: list[Tensor]) -> None:
+        """Tell ``listener`` of each value from now on."""
+        self.listeners.append(listener)
+        self.is_open = True
+
+    def close(self, listener: list[Tensor]) -> None:
+        """Tell it no more."""
+        self.listeners = [kept for kept in self.listeners if kept is not listener]
+        self.is_open = bool(self.listeners)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_open:
+            self._tell(x)
+        return x
+
+    @torch.compiler.disable
+    def _tell(self, x: Tensor) -> None:
+        for listener in self.listeners:
+            listener.append(x)
+
+
 class ExplicitAttention(nn.Module):
     """timm's ``Attention`` (ViT, DeiT, DINOv2, augreg, SigLIP ...), written out.
 
     Shapes: input and output ``(batch, tokens, dim)``; ``query``, ``key``, ``value`` and ``context`` see
-    ``(batch, heads, tokens, head_dim)``; ``logits``, ``softmax`` and ``probabilities`` see
-    ``(batch, heads, tokens, tokens)``. The logits are q k^T / sqrt(head_dim): the scale sits on q.
+    ``(batch, heads, tokens, head_dim)``; ``logits``, ``attention`` (behind the softmax) and ``probabilities`` see
+    ``(batch, heads, tokens, tokens)``. ``logits``, ``attention`` and ``context`` are taps. The logits are q k^T / sqrt(head_dim): the scale sits on q.
 
     Args:
         source: the foreign module; its sub-modules are shared, not copied.
@@ -54,11 +86,12 @@ class ExplicitAttention(nn.Module):
         self.query = nn.Identity()
         self.key = nn.Identity()
         self.value = nn.Identity()
-        self.logits = nn.Identity()
+        self.logits = Tap()
         self.softmax = nn.Softmax(dim=-1)
+        self.attention = Tap()
         self.probabilities = nn.Identity()
         self.attn_drop = source.attn_drop
-        self.context = nn.Identity()
+        self.context = Tap()
         # Both came to timm during 1.0.x.
         self.norm = getattr(source, "norm", None) or nn.Identity()
         self.gate = getattr(source, "gate", None)
@@ -80,7 +113,7 @@ class ExplicitAttention(nn.Module):
             logits = logits + logits.new_full((tokens, tokens), float("-inf")).triu_(1)
         elif attn_mask is not None:
             logits = logits + _additive(attn_mask, logits)
-        attention = self.attn_drop(self.probabilities(self.softmax(logits)))
+        attention = self.attn_drop(self.probabilities(self.attention(self.softmax(logits))))
         context = self.context(attention @ v)
         # (batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)
         x = self.norm(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))

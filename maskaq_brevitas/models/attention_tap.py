@@ -9,15 +9,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import Tap
 from maskaq_brevitas.models.families import attention_modules, explicit_form
 
 __all__ = ["AttentionRecord", "TapPoint", "attention_tap"]
 
 TapPoint = Literal["logits", "probabilities", "context"]
 
-# ``probabilities`` are read at the softmax, before any quantizer: rounding them would hide their gradient.
-_PLACES: dict[TapPoint, str] = {"logits": "logits", "probabilities": "softmax", "context": "context"}
+# ``probabilities`` are read behind the softmax, before any quantizer: rounding them would hide their gradient.
+_PLACES: dict[TapPoint, str] = {"logits": "logits", "probabilities": "attention", "context": "context"}
 
 
 @dataclass
@@ -63,7 +63,8 @@ def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionReco
     """
     record = AttentionRecord()
     originals: list[tuple[nn.Module, str, nn.Module]] = []
-    handles = []
+    opened: list[tuple[Tap, list[Tensor]]] = []
+    handle = None
     try:
         places = []
         for name, module in attention_modules(model).items():
@@ -73,21 +74,18 @@ def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionReco
                 originals.append((parent, name.rpartition(".")[2], module))
                 setattr(parent, name.rpartition(".")[2], explicit)
             places.append(explicit)
-        handles.append(model.register_forward_pre_hook(lambda *_: record.clear()))
+        handle = model.register_forward_pre_hook(lambda *_: record.clear())
         for point in points:
             for explicit in places:
-                handles.append(_record_output(explicit, _PLACES[point], getattr(record, point)))
+                tap, listener = explicit.get_submodule(_PLACES[point]), getattr(record, point)
+                tap.open(listener)
+                opened.append((tap, listener))
         yield record
     finally:
-        for handle in handles:
+        if handle is not None:
             handle.remove()
+        for tap, listener in opened:
+            tap.close(listener)
         for parent, child, module in originals:
             module.training = getattr(parent, child).training  # train() or eval() of the model while it was away
             setattr(parent, child, module)
-
-
-def _record_output(explicit: ExplicitAttention, place: str, target: list[Tensor]):
-    def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        target.append(output)
-
-    return explicit.get_submodule(place).register_forward_hook(keep)

@@ -103,7 +103,8 @@ def test_gradient_reaches_the_image(tiny_vit):
 def snapshot(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     return [
-        (name, id(module), module.training, getattr(module, "fused_attn", None), [len(getattr(module, k)) for k in kinds])
+        (name, id(module), module.training, getattr(module, "fused_attn", None), getattr(module, "is_open", None),
+         len(getattr(module, "listeners", ())), [len(getattr(module, k)) for k in kinds])
         for name, module in model.named_modules()
     ]
 
