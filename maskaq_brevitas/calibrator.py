@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from maskaq_brevitas.config import (
     DistillConfig,
     EffortName,
-    LayerBits,
     ReconstructConfig,
     Scheme,
     SynthesisConfig,
@@ -27,23 +26,15 @@ from maskaq_brevitas.config import (
     to_mapping,
 )
 from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
-from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
 from maskaq_brevitas.progress import bars, random_stream, stage
-from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
-from maskaq_brevitas.quant.swap import SwapRecord, plan_bits, swap_layers
+from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
 from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batches, drop_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
-from maskaq_brevitas.tuning.allocate import (
-    bit_operations,
-    candidate_widths,
-    choose_widths,
-    width_losses,
-    width_overrides,
-)
+from maskaq_brevitas.tuning.allocate import allocate_widths, candidate_widths
 from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration
 from maskaq_brevitas.tuning.checkpoint import load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory, augment
@@ -450,34 +441,19 @@ class DataFreeCalibrator(DataLoader):
         if self.run is not None and self.run.has(_WIDTHS):
             self._swap_again(self.run.read_json(_WIDTHS))
             return
-        from maskaq_brevitas.report.figures import multiply_accumulates
-
-        plan = plan_bits(self.float_model, self.scheme, self.overrides)
-        attentions = list(attention_modules(self.float_model))
-        held = plan_bits(self.float_model, replace(self.scheme, bits=LayerBits(8, 8)), self.overrides)
-        operands = {f"{name}.{operand}" for name in attentions for operand in OPERANDS}
-        chosen = [name for name in plan if name not in operands and plan[name] != held[name]]
-        chosen += [name for name in attentions if plan[f"{name}.query"] != held[f"{name}.query"]]
         batches = list(device_batches(self.pool, self.batch_size or 16, self.device))
-        widths = candidate_widths(average)
 
-        def calibrated(width: int) -> nn.Module:
-            quant_model = self._swapped(replace(self.scheme, bits=LayerBits(width, width)), self.overrides)
+        def calibrated(scheme: Scheme) -> nn.Module:
+            quant_model = self._swapped(scheme, self.overrides)
             self._calibrated(quant_model, batches)
             return quant_model
 
-        with self.stage("choice of bit widths"), self._bar(len(widths), "Measuring bit widths") as bar:
-            losses = width_losses(
-                calibrated, self.maker.float_snapshot, batches, widths, chosen, on_width=lambda _: bar.update()
-            )
-            macs = multiply_accumulates(self.float_model)
-            probabilities = self.scheme.probability_bits
-            costs = {
-                name: {width: bit_operations(name, macs, width, probabilities) for width in widths} for name in chosen
-            }
-            budget = sum(bit_operations(name, macs, average, probabilities) for name in chosen)
-            found = choose_widths(losses, costs, budget)
-        self._swap_again(width_overrides(found, attentions, probabilities is None))
+        with self.stage("choice of bit widths"), self._bar(len(candidate_widths(average)), "Measuring bit widths") as bar:
+            allocated = allocate_widths(
+                self.float_model, self.maker.float_snapshot, self.scheme, self.overrides, batches, calibrated,
+                on_width=lambda _: bar.update(),
+            )  # fmt: skip
+        self._swap_again(allocated)
         if self.run is not None:
             self.run.write_json(_WIDTHS, self.allocated)
 

@@ -1,6 +1,7 @@
 """Figures and pictures of a run."""
 
-from maskaq_brevitas.report.figures import Cost, PlaceFigures, QuantizerFigures, multiply_accumulates, sqnr
+from maskaq_brevitas.quant.cost import multiply_accumulates
+from maskaq_brevitas.report.figures import Cost, PlaceFigures, QuantizerFigures, sqnr
 from maskaq_brevitas.report.report import AccuracyRow, Report, make_report
 
 __all__ = [

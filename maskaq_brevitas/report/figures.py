@@ -12,14 +12,10 @@ from brevitas.nn import QuantIdentity
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from maskaq_brevitas.models.families import is_attention
 from maskaq_brevitas.quant.attention import OPERANDS
-from maskaq_brevitas.quant.snapshot import float_snapshot
 
-__all__ = ["Cost", "PlaceFigures", "QuantizerFigures", "evaluation_mode", "measure_cost", "measure_places",
-           "multiply_accumulates", "sqnr"]  # fmt: skip
+__all__ = ["Cost", "PlaceFigures", "QuantizerFigures", "evaluation_mode", "measure_cost", "measure_places", "sqnr"]
 
 _FLOAT_BITS = 32
 #: Buffers of quantized layers that only calibration and tuning read: no deployed file has them.
@@ -115,35 +111,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def multiply_accumulates(float_model: nn.Module) -> dict[str, int]:
-    """MACs for one image by module name, its children included; ``""`` is the whole model.
-
-    Counted by ``torch.utils.flop_counter`` on the explicit form of the attention (fused kernels hide their matmuls).
-    The two matmuls of an attention module stand under ``<attention>.query`` (q k^T) and ``<attention>.probabilities``
-    (probabilities @ v).
-    """
-    from maskaq_brevitas.models.geometry import read_geometry
-
-    snapshot = float_snapshot(float_model)
-    device = next(iter(snapshot.parameters())).device
-    image = torch.zeros(1, *read_geometry(float_model).input_size, device=device)
-    with FlopCounterMode(display=False) as counter:
-        snapshot(image)
-    root = type(snapshot).__name__
-    macs = {"": counter.get_total_flops() // 2}
-    for key, flops in counter.get_flop_counts().items():
-        if key.startswith(f"{root}."):
-            macs[key.removeprefix(f"{root}.")] = sum(flops.values()) // 2
-    for name, module in snapshot.named_modules():
-        if is_attention(module):
-            children = sum(macs.get(f"{name}.{child}", 0) for child, _ in module.named_children())
-            # (tokens x head_dim x tokens) and (tokens x tokens x head_dim): both matmuls take the same.
-            matmuls = macs.get(name, 0) - children
-            macs[f"{name}.query"] = macs[f"{name}.probabilities"] = matmuls // 2
-    return macs
-
-
-@torch.no_grad()
 def measure_places(quant_model: nn.Module, batches: Iterable[Tensor], macs: dict[str, int]) -> list[PlaceFigures]:
     """Figures of every quantized place, in the model's order.
 
@@ -153,7 +120,7 @@ def measure_places(quant_model: nn.Module, batches: Iterable[Tensor], macs: dict
     Args:
         quant_model: calibrated, with Brevitas quantizers, in evaluation mode.
         batches: normalised images, ``(batch, channels, height, width)`` each; none leaves activations unmeasured.
-        macs: from :func:`multiply_accumulates`.
+        macs: from :func:`~maskaq_brevitas.quant.cost.multiply_accumulates`.
     """
     proxies = {}
     for name, module in quant_model.named_modules():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.report.figures import (
     Cost,
     PlaceFigures,
@@ -22,7 +23,6 @@ from maskaq_brevitas.report.figures import (
     evaluation_mode,
     measure_cost,
     measure_places,
-    multiply_accumulates,
 )
 from maskaq_brevitas.report.pictures import save_image_grid
 from maskaq_brevitas.run_directory import write_whole

@@ -3,20 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from maskaq_brevitas.config import LayerBits, Scheme
 from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.quant.attention import OPERANDS
+from maskaq_brevitas.quant.cost import multiply_accumulates
+from maskaq_brevitas.quant.swap import plan_bits
 from maskaq_brevitas.tuning.sensitivity import Switches, place_layers, sensitivity
 
-__all__ = ["bit_operations", "candidate_widths", "choose_widths", "width_losses", "width_overrides"]
+__all__ = ["allocate_widths", "bit_operations", "candidate_widths", "choose_widths", "width_losses", "width_overrides"]
 
 
 def candidate_widths(average_bits: float) -> list[int]:
     """Widths that are tried, in bits: from one below the average to two above it, and 8."""
     lowest = int(average_bits)
     return sorted({width for width in (lowest - 1, lowest, lowest + 1, lowest + 2, 8) if 2 <= width <= 8})
+
+
+def allocate_widths(
+    float_model: nn.Module,
+    float_snapshot: nn.Module,
+    scheme: Scheme,
+    overrides: Mapping[str, str],
+    batches: Sequence[Tensor],
+    calibrated: Callable[[Scheme], nn.Module],
+    on_width: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Widths of the layers that a scheme leaves open, within the bit operations of ``scheme.average_bits`` everywhere.
+
+    Args:
+        float_model, float_snapshot: the same model; the snapshot on the device.
+        scheme: with ``average_bits``.
+        overrides: widths that are given, see :func:`~maskaq_brevitas.quant.swap.plan_bits`.
+        batches: normalised images, ``(batch, channels, height, width)`` each.
+        calibrated: scheme -> quant model of it, calibrated.
+        on_width: called with each width when it is measured.
+
+    Returns:
+        Overrides: name of a layer or operand -> ``wXaX``.
+
+    Raises:
+        ConfigurationError: if the smallest widths exceed the budget, or the scheme has no average.
+    """
+    if scheme.average_bits is None:
+        raise ConfigurationError("Expected a scheme with average_bits, for example auto-4.5.")
+    plan = plan_bits(float_model, scheme, overrides)
+    attentions = list(attention_modules(float_model))
+    held = plan_bits(float_model, replace(scheme, bits=LayerBits(8, 8)), overrides)
+    operands = {f"{name}.{operand}" for name in attentions for operand in OPERANDS}
+    chosen = [name for name in plan if name not in operands and plan[name] != held[name]]
+    chosen += [name for name in attentions if plan[f"{name}.query"] != held[f"{name}.query"]]
+    widths = candidate_widths(scheme.average_bits)
+    losses = width_losses(
+        lambda width: calibrated(replace(scheme, bits=LayerBits(width, width))), float_snapshot, batches, widths, chosen,
+        on_width,
+    )  # fmt: skip
+    macs, fixed = multiply_accumulates(float_model), scheme.probability_bits
+    costs = {name: {width: bit_operations(name, macs, width, fixed) for width in widths} for name in chosen}
+    budget = sum(bit_operations(name, macs, scheme.average_bits, fixed) for name in chosen)
+    return width_overrides(choose_widths(losses, costs, budget), attentions, fixed is None)
 
 
 def width_losses(

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from maskaq_brevitas.config import SynthesisConfig
-from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.snapshot import frozen_snapshot

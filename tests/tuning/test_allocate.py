@@ -8,7 +8,7 @@ import torch
 from maskaq_brevitas.calibrator import DataFreeCalibrator
 from maskaq_brevitas.config import SynthesisConfig, resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
-from maskaq_brevitas.report.figures import multiply_accumulates
+from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.tuning.allocate import bit_operations, candidate_widths, choose_widths
 
 
