@@ -22,8 +22,8 @@ from maskaq_brevitas.errors import (
     MissingExtraError,
     RunDirectoryError,
 )
-from maskaq_brevitas.evaluation import digits_split, evaluate as measure_accuracy, labelled_folder
-from maskaq_brevitas.export import QonnxCheck, export_qonnx, verify_qonnx
+from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measure_accuracy, labelled_folder
+from maskaq_brevitas.export import QonnxCheck, QonnxModel, export_qonnx, verify_qonnx
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
 from maskaq_brevitas.options import read_saved, to_yaml
@@ -97,7 +97,7 @@ def quantize(options: Namespace) -> None:
 
 
 def evaluate(options: Namespace) -> None:
-    """Print the accuracy of the float and the quantized model of a run.
+    """Print the accuracy of the float and the quantized model of a run, and of a QONNX file with its equal top-1.
 
     Raises:
         MaskAQError: for bad input, see the messages.
@@ -110,12 +110,18 @@ def evaluate(options: Namespace) -> None:
     data = _labelled_data(saved, calibrator.float_model)
     if data.evaluation is None:
         raise ConfigurationError("Expected labelled images, got none: name a folder with --eval-data DIR.")
-    rows = [
-        _row("float", calibrator.float_model, data, saved),
-        _row("quantized", calibrator.freeze(), data, saved),
-    ]
+    models = {"float": calibrator.float_model, "quantized": calibrator.freeze()}
+    if options.onnx is not None:
+        require("onnx", "onnxruntime", "qonnx")
+        models["QONNX file"] = QonnxModel(options.onnx, calibrator.geometry.input_size)
+    found = {name: _measured(model, data, saved) for name, model in models.items()}
     print(f"{saved.model}, {saved.scheme}\n")
-    print(text_table(["model", "top-1 [%]", "images"], [[row.name, f"{row.top1:.2f}", row.images] for row in rows]))
+    print(text_table(
+        ["model", "top-1 [%]", "images"], [[name, f"{row.top1:.2f}", row.images] for name, row in found.items()]
+    ))  # fmt: skip
+    if options.onnx is not None:
+        equal = found["QONNX file"].predictions == found["quantized"].predictions
+        print(f"\nQONNX file and quantized model: equal top-1 on {int(equal.sum())} of {len(equal)} images")
 
 
 def export(options: Namespace) -> None:
@@ -231,11 +237,15 @@ def _labelled_data(options: Namespace, model: nn.Module) -> _Data:
     return _Data(evaluation, calibration)
 
 
-def _row(name: str, model: nn.Module, data: _Data, options: Namespace, calibration_images: int | None = None):
-    found = measure_accuracy(
+def _measured(model: nn.Module, data: _Data, options: Namespace) -> Accuracy:
+    return measure_accuracy(
         model, data.evaluation, batch_size=options.eval_batch_size, limit=options.eval_limit,
         device=options.device, progress=not options.quiet,
     )  # fmt: skip
+
+
+def _row(name: str, model: nn.Module, data: _Data, options: Namespace, calibration_images: int | None = None):
+    found = _measured(model, data, options)
     return AccuracyRow(name=name, top1=found.top1, images=found.images, calibration_images=calibration_images)
 
 

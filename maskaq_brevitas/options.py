@@ -195,6 +195,8 @@ def _effort_values(name: str) -> dict[str, Any]:
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
     _add_evaluation_data(add, parser, "test split")
+    add("--onnx", metavar="FILE", help="a QONNX file of the run to evaluate as well, executed by qonnx (seconds per image; "
+        "limit them with --eval-limit)")  # fmt: skip
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--quiet", action="store_true", help="no progress; only the final table")
 

@@ -84,6 +84,21 @@ def test_evaluate_gives_the_figures_of_the_run(short_run, capsys):
     assert rows == {"float": report["accuracy"][0]["top1"], "quantized": report["accuracy"][1]["top1"]}
 
 
+@pytest.mark.heavy
+def test_evaluate_executes_a_file_beside_the_model(short_run, tmp_path, capsys):
+    for batch, name in (("fixed", "fixed.onnx"), ("dynamic", "dynamic.onnx")):
+        file = tmp_path / name
+        assert cli.main(["export", str(short_run), "--output", str(file), "--batch", batch]) == 0
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(short_run), "--eval-limit", "10", "--quiet", "--onnx", str(file)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        accuracy = {line.split("  ")[0]: line.split()[-2:] for line in lines if line.endswith(" 10")}
+        assert accuracy["QONNX file"] == accuracy["quantized"]
+        assert lines[-1] == "QONNX file and quantized model: equal top-1 on 10 of 10 images"
+    assert cli.main(["evaluate", str(short_run), "--onnx", str(tmp_path / "none.onnx"), "--quiet"]) != 0
+    assert "Expected a QONNX file at" in capsys.readouterr().err
+
+
 def test_sensitivity_prints_every_kind_most_costly_first(short_run, capsys):
     assert cli.main(["sensitivity", str(short_run), "--images", "4", "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -15,12 +15,16 @@ from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.export.capture import Call
 from maskaq_brevitas.export.capture import capture_calls
 from maskaq_brevitas.export.capture import is_leaf
+from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.scopes import module_scopes
 
-__all__ = ["Failure", "InStep", "execute", "execute_in_step", "load_for_batch"]
+__all__ = ["Failure", "InStep", "QonnxModel", "execute", "execute_in_step", "load_for_batch"]
 
 Context = dict[str, NDArray[Any]]
+
+#: Images per run of a dynamic file.
+_DYNAMIC_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,33 @@ def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...], dynamic
     for step in (InferShapes(), FoldConstants(exclude_op_types=list(QUANT_OPS)), InferShapes()):
         graph = graph.transform(step)
     return graph, dynamic
+
+
+class QonnxModel(nn.Module):
+    """A QONNX file as a module: images ``(batch, channels, height, width)`` to logits, by qonnx' executor, on the CPU.
+
+    Args:
+        path: a file written by :func:`maskaq_brevitas.export.export_qonnx`.
+        shape: ``(channels, height, width)`` of the images.
+
+    Raises:
+        ExportError: the file is not there or is no ONNX file; when called: the executor failed.
+        InputError: the file takes images of another shape.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], shape: tuple[int, ...]):
+        super().__init__()
+        with quiet():
+            self.graph, self.batch = load_for_batch(path, shape, _DYNAMIC_BATCH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = []
+        with quiet():
+            for chunk in images.split(self.batch):
+                # A file with a fixed batch is filled up with the last image.
+                filled = torch.cat([chunk, chunk[-1:].expand(self.batch - len(chunk), *chunk.shape[1:])])
+                parts.append(execute(self.graph, filled)[: len(chunk)])
+        return torch.cat(parts)
 
 
 def execute(graph: Any, images: Tensor) -> Tensor:
