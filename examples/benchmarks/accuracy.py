@@ -20,7 +20,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from maskaq_brevitas.evaluation import digits_split, evaluate, labelled_folder
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions, write_whole
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
+from maskaq_brevitas.synthesis.scenes import scene_images
 
 COLUMNS = ("w8a8", "w4a8", "w6a6", "w4a4", "w3a3")
 ROWS = {
@@ -46,13 +47,14 @@ ROWS = {
     "entropy": "PSAQ style (class, variation, entropy)",
     "maskaq": "MaskAQ (all five terms)",
     "leaves": "Dead leaves (drawn, no model asked)",
-    "mixed": "MaskAQ and dead leaves, half each (our default)",
+    "scenes": "Dead leaves and shaded scenes (drawn, no model asked)",
+    "mixed": "MaskAQ and drawn scenes, half each (our default)",
     "real": "Real images",
     "noise+distill": "Gaussian noise + distillation",
     "maskaq+distill": "MaskAQ + distillation, no refresh",
     "maskaq+refresh": "MaskAQ + distillation with refresh",
-    "mixed+distill": "MaskAQ and dead leaves + distillation, no refresh",
-    "mixed+refresh": "MaskAQ and dead leaves + distillation with refresh",
+    "mixed+distill": "MaskAQ and drawn scenes + distillation, no refresh",
+    "mixed+refresh": "MaskAQ and drawn scenes + distillation with refresh",
     "real+distill": "Real images + distillation",
 }
 ABLATION_COLUMNS = ("w4a4", "w4a8")
@@ -121,10 +123,10 @@ class Bench:
         shape = (self.images + self.held_back, *geometry.input_size)
         return Images.split(pixel_noise(shape, low, high, torch.Generator().manual_seed(seed)), self.images)
 
-    def leaves(self, scheme: str, seed: int) -> Images:
+    def drawn(self, scheme: str, seed: int, draw: Callable[..., Tensor]) -> Images:
         geometry = self.calibrator(scheme, seed).geometry
         shape = (self.images + self.held_back, *geometry.input_size)
-        shares = dead_leaves_images(shape, torch.Generator().manual_seed(seed))
+        shares = draw(shape, torch.Generator().manual_seed(seed))
         return Images.split(geometry.normalize(shares), self.images)
 
     def real(self, seed: int) -> Images:
@@ -181,7 +183,8 @@ def table_cells(
     kinds = {
         "noise": lambda: bench.noise(scheme, seed),
         "real": lambda: bench.real(seed),
-        "leaves": lambda: bench.leaves(scheme, seed),
+        "leaves": lambda: bench.drawn(scheme, seed, dead_leaves_images),
+        "scenes": lambda: bench.drawn(scheme, seed, scene_images),
         "class-pixel": lambda: bench.synthesise(scheme, seed, replace(
             entropy, tv_weight=0.0, entropy_weight=0.0, parameterization="pixel", init="gaussian", learning_rate=0.1
         )),
@@ -202,7 +205,7 @@ def table_cells(
     }
     for row in rows:
         kind, tuning = plan.get(row, (row, None))
-        store = shared if kind in ("noise", "real", "leaves", "class-pixel", "class", "entropy") else made
+        store = shared if kind in ("noise", "real", "leaves", "scenes", "class-pixel", "class", "entropy") else made
         if kind not in store:
             store[kind] = kinds[kind]()
         synthesis = mixed if row.startswith("mixed") else base
