@@ -23,8 +23,8 @@ class DistillConfig:
     Attributes:
         epochs: passes over the pool, or ``steps_per_epoch`` steps each; the held-back images are measured behind each.
         steps_per_epoch: steps of an epoch; ``None`` means one pass over the pool.
-        drawn_images: further images that are drawn for the tuning alone (dead leaves,
-            :mod:`maskaq_brevitas.synthesis.procedural`), about 30 ms each at 224 pixels; half of each batch is of them.
+        drawn_images: further images that are drawn for the tuning alone (:mod:`maskaq_brevitas.synthesis.scenes`), about
+            30 ms each at 224 pixels; half of each batch is of them.
         refresh_every: epochs between refreshes of the images; ``None`` never refreshes.
         refresh_share: of the pool that a refresh replaces, in (0, 1].
         refresh_steps: iterations of a refresh; ``None`` means a quarter of the synthesis' from images, all from noise.
