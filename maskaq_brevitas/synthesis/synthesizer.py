@@ -98,8 +98,9 @@ def synthesize(
     with _networks(float_snapshot, quant_snapshot, config) as networks:
         for step in range(steps):
             progress = step / max(1, steps - 1)
-            if tokens.is_due(progress) and step > 0:
-                tokens.cut(networks.received(geometry, config).mean(dim=0), progress)
+            if tokens.is_due(progress):
+                received = _received(networks.seen_by_float, config.mask_attention, geometry, float_snapshot)
+                tokens.cut(received.detach().mean(dim=0), progress)
             optimizer.param_groups[0]["lr"] = final_rate + (peak_rate - final_rate) * (1 + cos(pi * progress)) / 2
             terms = _terms(parameter.images(), labels, networks, tokens, geometry, config, progress, generator)
             objective = sum(weight * term for weight, term in terms.values())
@@ -117,17 +118,17 @@ def synthesize(
                     _note(batch.trace, mean, {name: term[~broken] for name, (_, term) in terms.items()})
                 if on_step is not None:
                     on_step(step + 1, mean)
-        images = parameter.images().detach()
-        again = draws > 0
-        if again.any():
-            # What is left of this run is too short for them, and after its last step nothing would check them.
-            left = replace(config, max_redraws=config.max_redraws - int(draws.max()))
-            repeated = synthesize(
-                float_snapshot, quant_snapshot, geometry, labels[again.to(device)], left, generator=spare, steps=steps,
-                learning_rate=learning_rate,
-            )  # fmt: skip
-            images[again.to(device)] = repeated.images.to(device)
-            batch.redrawn += repeated.redrawn
+    images = parameter.images().detach()
+    again = draws > 0
+    if again.any():
+        # What is left of this run is too short for them, and after its last step nothing would check them.
+        left = replace(config, max_redraws=config.max_redraws - int(draws.max()))
+        repeated = synthesize(
+            float_snapshot, quant_snapshot, geometry, labels[again.to(device)], left, generator=spare, steps=steps,
+            learning_rate=learning_rate,
+        )  # fmt: skip
+        images[again.to(device)] = repeated.images.to(device)
+        batch.redrawn += repeated.redrawn
     _, batch.informative = seen_by(float_snapshot, geometry, images, config)
     batch.images = images.cpu()
     if not torch.isfinite(batch.images).all():
@@ -149,10 +150,7 @@ def seen_by(
     """
     with attention_tap(float_snapshot, *_tap_points(config)) as seen, _autocast(config, images.device):
         outputs = float_snapshot(images)
-        received = masks.received_attention(
-            _attention(seen, config.mask_attention, geometry, float_snapshot), geometry.prefix_tokens,
-            geometry.class_token,
-        )  # fmt: skip
+        received = _received(seen, config.mask_attention, geometry, float_snapshot)
     return outputs.float().cpu(), masks.informative_mask(received.mean(dim=0), config.mask_end).cpu()
 
 
@@ -179,10 +177,7 @@ def masked_alignment(
         float_snapshot(images)
         quant_snapshot(images)
         mask, float_rows = _mask(ours, geometry, config, float_snapshot, config.mask_end)
-        quant_rows = masks.received_attention(
-            _attention(theirs, config.align_attention, geometry, quant_snapshot), geometry.prefix_tokens,
-            geometry.class_token,
-        )  # fmt: skip
+        quant_rows = _received(theirs, config.align_attention, geometry, quant_snapshot)
         return objectives.masked_alignment_loss(float_rows, quant_rows, mask)
 
 
@@ -212,11 +207,6 @@ class _Networks:
     seen_by_float: AttentionRecord
     seen_by_quant: AttentionRecord | None
     choice: TokenChoice | None
-
-    def received(self, geometry: Geometry, config: SynthesisConfig) -> Tensor:
-        """Attention that the patches received in the float model, of the kind of the masks, ``(layers, batch, patches)``."""
-        attention = _attention(self.seen_by_float, config.mask_attention, geometry, self.float_snapshot)
-        return masks.received_attention(attention, geometry.prefix_tokens, geometry.class_token).detach()
 
 
 @contextmanager
@@ -279,8 +269,7 @@ def _terms(
         share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
         mask, float_rows = _mask(networks.seen_by_float, geometry, config, networks.float_snapshot, min(1.0, share))
         mask = masks.drop_at_random(mask, config.mask_drop, generator)
-        attention = _attention(networks.seen_by_quant, config.align_attention, geometry, networks.quant_snapshot)
-        quant_rows = masks.received_attention(attention, prefix, geometry.class_token)
+        quant_rows = _received(networks.seen_by_quant, config.align_attention, geometry, networks.quant_snapshot)
         terms["align"] = config.align_weight, objectives.masked_alignment_loss(float_rows, quant_rows, mask)
     return terms
 
@@ -296,14 +285,19 @@ def _mask(
     record: AttentionRecord, geometry: Geometry, config: SynthesisConfig, model: nn.Module, share: float
 ) -> tuple[Tensor, Tensor]:
     """The informative patches by the float model, and the rows that alignment compares, ``(layers, batch, patches)``."""
-    place = geometry.prefix_tokens, geometry.class_token
-    rows = masks.received_attention(_attention(record, config.align_attention, geometry, model), *place)
+    rows = _received(record, config.align_attention, geometry, model)
     if not config.mask_enabled:
         return torch.ones_like(rows[0], dtype=torch.bool), rows
     received = rows.detach()
     if config.mask_attention != config.align_attention:
-        received = masks.received_attention(_attention(record, config.mask_attention, geometry, model), *place).detach()
+        received = _received(record, config.mask_attention, geometry, model).detach()
     return masks.informative_mask(received if config.mask_per_layer else received.mean(dim=0), share), rows
+
+
+def _received(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> Tensor:
+    """The attention that each patch received, ``(layers, batch, patches)``."""
+    attention = _attention(record, kind, geometry, model)
+    return masks.received_attention(attention, geometry.prefix_tokens, geometry.class_token)
 
 
 def _attention(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> list[Tensor]:

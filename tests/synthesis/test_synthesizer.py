@@ -185,7 +185,8 @@ def spoil(model, image, calls):
     return model.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("config", (SHORT, dataclasses.replace(SHORT, parameterization="spectrum")))
+@pytest.mark.parametrize("config", (SHORT, dataclasses.replace(SHORT, parameterization="spectrum"),
+                                    dataclasses.replace(SHORT, kept_tokens=0.5)))  # fmt: skip
 @pytest.mark.parametrize("call", (0, 2, 3))  # 3: the last one
 def test_an_image_that_turns_nan_is_drawn_again_and_its_neighbours_do_not_notice(pair, config, call):
     clean = run(pair, config)
