@@ -19,12 +19,12 @@ from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.scopes import module_scopes
 
-__all__ = ["Failure", "InStep", "QonnxModel", "execute", "execute_in_step", "load_for_batch"]
+__all__ = ["DYNAMIC_BATCH", "Failure", "InStep", "QonnxModel", "execute", "execute_in_step", "load_for_batch", "whole_batches"]
 
 Context = dict[str, NDArray[Any]]
 
-#: Images per run of a dynamic file.
-_DYNAMIC_BATCH = 4
+#: Images per run of a dynamic file. More at a time is faster; captured activations are the limit.
+DYNAMIC_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,20 @@ class QonnxModel(nn.Module):
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, ...]):
         super().__init__()
         with quiet():
-            self.graph, self.batch = load_for_batch(path, shape, _DYNAMIC_BATCH)
+            self.graph, self.batch = load_for_batch(path, shape, DYNAMIC_BATCH)
 
     def forward(self, images: Tensor) -> Tensor:
-        parts = []
         with quiet():
-            for chunk in images.split(self.batch):
-                # A file with a fixed batch is filled up with the last image.
-                filled = torch.cat([chunk, chunk[-1:].expand(self.batch - len(chunk), *chunk.shape[1:])])
-                parts.append(execute(self.graph, filled)[: len(chunk)])
-        return torch.cat(parts)
+            return torch.cat([execute(self.graph, chunk) for chunk in whole_batches(images, self.batch)])[: len(images)]
+
+
+def whole_batches(images: Tensor, batch: int) -> list[Tensor]:
+    """Batches of exactly ``batch`` images; the last is filled up with its last image."""
+    chunks = list(images.split(batch)) if len(images) else []
+    if chunks and len(chunks[-1]) < batch:
+        last = chunks[-1]
+        chunks[-1] = torch.cat([last, last[-1:].expand(batch - len(last), -1, -1, -1)])
+    return chunks
 
 
 def execute(graph: Any, images: Tensor) -> Tensor:

@@ -21,17 +21,17 @@ from torch import nn
 from maskaq_brevitas.errors import ExportError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.export.capture import capture_calls
+from maskaq_brevitas.export.execute import DYNAMIC_BATCH
 from maskaq_brevitas.export.execute import InStep
 from maskaq_brevitas.export.execute import execute
 from maskaq_brevitas.export.execute import execute_in_step
 from maskaq_brevitas.export.execute import load_for_batch
+from maskaq_brevitas.export.execute import whole_batches
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
 
 __all__ = ["QonnxCheck", "verify_qonnx"]
 
-#: Images per run of a dynamic file. More at a time is faster; captured activations are the limit.
-_DYNAMIC_BATCH = 4
 #: Most images to execute in step with PyTorch, those with the largest difference first.
 _IN_STEP_IMAGES = 4
 
@@ -101,9 +101,9 @@ def verify_qonnx(
     images = images.detach().to("cpu", torch.float32)
     model = copy.deepcopy(quant_model).cpu().float().eval()
     with quiet():
-        graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(_DYNAMIC_BATCH, len(images)))
+        graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(DYNAMIC_BATCH, len(images)))
         expected = _logits(model, images, batch)
-        found = torch.cat([execute(graph, chunk) for chunk in _chunks(images, batch)])[: len(images)]
+        found = torch.cat([execute(graph, chunk) for chunk in whole_batches(images, batch)])[: len(images)]
         _check_shapes(expected, found)
         per_image = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
         # Not "per_image > tolerance": NaN has to count as different.
@@ -111,7 +111,7 @@ def verify_qonnx(
         # At least one image in step also where all agree: quantizers behind a wrong weight may have swallowed it.
         worst = per_image.nan_to_num(torch.inf).argsort(descending=True)[: min(max(differing, 1), _IN_STEP_IMAGES)]
         steps: list[InStep] = []
-        for chunk in _chunks(images[worst], batch):
+        for chunk in whole_batches(images[worst], batch):
             steps.append(execute_in_step(graph, model, chunk, tolerance))
             if steps[-1].failure:
                 break
@@ -148,18 +148,9 @@ def verify_qonnx(
     return check
 
 
-def _chunks(images: Tensor, batch: int) -> list[Tensor]:
-    """Batches of exactly ``batch`` images; the last is filled up with its last image."""
-    chunks = list(images.split(batch)) if len(images) else []
-    if chunks and len(chunks[-1]) < batch:
-        last = chunks[-1]
-        chunks[-1] = torch.cat([last, last[-1:].expand(batch - len(last), -1, -1, -1)])
-    return chunks
-
-
 def _logits(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     # The same batches as the file: float sums depend on them, and each difference is a chance for a flip.
-    outputs = [capture_calls(model, chunk, lambda module: False)[0] for chunk in _chunks(images, batch)]
+    outputs = [capture_calls(model, chunk, lambda module: False)[0] for chunk in whole_batches(images, batch)]
     if not all(isinstance(output, Tensor) and output.ndim == 2 for output in outputs):
         raise InputError("quant_model: expected logits (batch, classes) as its output, got something else.")
     return torch.cat(outputs)[: len(images)]

@@ -41,17 +41,19 @@ class Tap(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.listeners: list[list[Tensor]] = []
-        self.is_open = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self.listeners)
 
     def open(self, listener: list[Tensor]) -> None:
         """Tell ``listener`` of each value from now on."""
         self.listeners.append(listener)
-        self.is_open = True
 
     def close(self, listener: list[Tensor]) -> None:
         """Tell it no more."""
         self.listeners = [kept for kept in self.listeners if kept is not listener]
-        self.is_open = bool(self.listeners)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_open:
@@ -69,7 +71,8 @@ class ExplicitAttention(nn.Module):
 
     Shapes: input and output ``(batch, tokens, dim)``; ``query``, ``key``, ``value`` and ``context`` see
     ``(batch, heads, tokens, head_dim)``; ``logits``, ``attention`` (behind the softmax) and ``probabilities`` see
-    ``(batch, heads, tokens, tokens)``. ``logits``, ``attention`` and ``context`` are taps. The logits are q k^T / sqrt(head_dim): the scale sits on q.
+    ``(batch, heads, tokens, tokens)``. ``logits``, ``attention`` and ``context`` are taps. The logits are
+    q k^T / sqrt(head_dim): the scale sits on q.
 
     Args:
         source: the foreign module; its sub-modules are shared, not copied.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
 
-__all__ = ["TokenChoice", "draw_tokens", "patch_count", "token_choice"]
+__all__ = ["TokenChoice", "draw_tokens", "patch_count", "patch_tokens", "token_choice"]
 
 
 class TokenChoice(nn.Module):
@@ -76,6 +76,9 @@ def draw_tokens(batch: int, patches: int, kept: int, prefix: int, generator: tor
         >>> draw_tokens(2, 4, 4, 1, torch.Generator().manual_seed(0)).sort().values.tolist()
         [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
     """
-    first = torch.arange(prefix).expand(batch, -1)
-    drawn = torch.rand(batch, patches, generator=generator).argsort(dim=1)[:, :kept]
-    return torch.cat([first, prefix + drawn], dim=1)
+    return patch_tokens(torch.rand(batch, patches, generator=generator).argsort(dim=1)[:, :kept], prefix)
+
+
+def patch_tokens(patches: Tensor, prefix: int) -> Tensor:
+    """Token numbers of all ``prefix`` tokens, then of the numbered ``patches``: ``(batch, n)`` to ``(batch, prefix + n)``."""
+    return torch.cat([torch.arange(prefix).expand(len(patches), -1), prefix + patches], dim=1)

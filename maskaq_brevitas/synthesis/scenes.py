@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from maskaq_brevitas.synthesis.augment import low_frequency_images
-from maskaq_brevitas.synthesis.procedural import dead_leaves_images, shape_distance
+from maskaq_brevitas.synthesis.procedural import dead_leaves_images, far_and_near, normal, random_shape, uniform
 
 __all__ = ["scene_images", "shaded_images"]
 
@@ -85,20 +85,16 @@ class _Scene:
     def with_shape(self, image: Tensor) -> Tensor:
         """``image`` with one more ellipse, rectangle or triangle on it."""
         radius = 0.06 * 15 ** self.uniform()
-        if self.chance(0.6):  # r^-3, as of objects at all distances
-            radius = (0.05**-2 + (0.9**-2 - 0.05**-2) * self.uniform()) ** -0.5
-        angle, aspect = math.pi * self.uniform(), math.exp(0.5 * self.normal())
-        down, right = self.rows - self.uniform(-1.1, 1.1), self.columns - self.uniform(-1.1, 1.1)
-        along = right * math.cos(angle) + down * math.sin(angle)
-        across = down * math.cos(angle) - right * math.sin(angle)
-        distance = shape_distance(along / (radius * aspect), across / (radius / aspect), self.generator)
+        if self.chance(0.6):
+            radius = far_and_near(self.generator)
+        part = random_shape(self.rows, self.columns, radius, 0.5, self.generator)
         softness = 4.0 if self.chance(0.7) else self.uniform(4, 40)
-        cover = ((1 - distance) * radius * self.side / softness).clamp(0, 1)
+        cover = ((1 - part.distance) * radius * self.side / softness).clamp(0, 1)
 
         fill = self.colour().expand(self.shape)
         if self.chance(0.6):
-            away = (along / (radius * aspect) - 0.6 * self.normal()).square()
-            away = away + (across / (radius / aspect) - 0.6 * self.normal()).square()
+            away = (part.unit_along - 0.6 * self.normal()).square()
+            away = away + (part.unit_across - 0.6 * self.normal()).square()
             fill = fill - away.clamp(max=4) * self.uniform(0, 0.35)
             if self.chance(0.3):
                 fill = fill + 1.2 * torch.exp(-away / 0.02)  # a highlight
@@ -108,9 +104,9 @@ class _Scene:
         strength = 0.4 * min(1.2, self.roughness * math.exp(0.7 * self.normal()))
         fill = fill + strength * (texture.flip(-1) if self.chance(0.5) else texture)
         if self.chance(0.2):
-            fill = fill + 0.4 * self.uniform() * torch.sin(along * self.uniform(8, 68))
+            fill = fill + 0.4 * self.uniform() * torch.sin(part.along * self.uniform(8, 68))
         if self.chance(0.1):
-            checks = torch.sin(along * self.uniform(8, 48)) * torch.sin(across * self.uniform(8, 48))
+            checks = torch.sin(part.along * self.uniform(8, 48)) * torch.sin(part.across * self.uniform(8, 48))
             fill = fill + 0.4 * self.uniform() * checks.sign()
         return torch.lerp(image, fill, cover)
 
@@ -146,11 +142,11 @@ class _Scene:
         return _chance(share, self.generator)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * float(torch.rand((), generator=self.generator))
+        return low + (high - low) * uniform(self.generator)
 
     def normal(self) -> float:
-        return float(torch.randn((), generator=self.generator))
+        return normal(self.generator)
 
 
 def _chance(share: float, generator: torch.Generator) -> bool:
-    return float(torch.rand((), generator=generator)) < share
+    return uniform(generator) < share

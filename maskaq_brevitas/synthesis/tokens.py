@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.models.token_choice import patch_tokens
 
 __all__ = ["KeptTokens"]
 
@@ -69,5 +70,4 @@ class KeptTokens:
         column = (self.places % columns + round(right * columns / width)) % columns
         if flipped:
             column = columns - 1 - column
-        prefix = torch.arange(self.geometry.prefix_tokens).expand(len(self.places), -1)
-        return torch.cat([prefix, self.geometry.prefix_tokens + row * columns + column], dim=1)
+        return patch_tokens(row * columns + column, self.geometry.prefix_tokens)

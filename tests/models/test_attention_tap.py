@@ -1,11 +1,15 @@
+import warnings
+
 import numpy as np
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.errors import CompilationWarning, ModelError
 from maskaq_brevitas.models.attention_tap import attention_tap
+from maskaq_brevitas.quant.snapshot import float_snapshot
+from maskaq_brevitas.quant.trainable import compile_blocks
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
 
@@ -154,3 +158,18 @@ def test_no_attention():
     with pytest.raises(ModelError, match="ResNet cannot be quantized: it has no attention"):
         with attention_tap(timm.create_model("resnet10t"), "logits"):
             pass
+
+
+@pytest.mark.heavy
+def test_compiled_blocks_keep_their_taps(tiny_vit):
+    with attention_tap(tiny_vit, "logits", "context") as record, torch.no_grad():
+        tiny_vit(images())
+        expected = [[maps.clone() for maps in found] for found in (record.logits, record.context)]
+    model = float_snapshot(tiny_vit)
+    compile_blocks(model)
+    for _ in range(2):  # taps that are opened anew are told too
+        with attention_tap(model, "logits", "context") as record, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error", CompilationWarning)
+            model(images())
+            for found, wanted in zip((record.logits, record.context), expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
