@@ -34,6 +34,7 @@ def _distillation(**values: Any) -> DistillConfig:
     """Distillation of block outputs on half of the patch tokens; weights move in units of their own grid."""
     return DistillConfig(
         steps_per_epoch=50, refresh_every=None, distance_weight=0.0, feature_weight=1.0, temperature=2.0, kept_tokens=0.5,
+        augment="light",
         learning_rate=4e-5, final_learning_rate=4e-7, weight_learning_rate=2e-3, scale_learning_rate=5e-3, **values,
     )  # fmt: skip
 

@@ -18,11 +18,13 @@ from maskaq_brevitas.models.token_choice import TokenChoice, token_choice
 from maskaq_brevitas.synthesis import augment, masks, objectives
 from maskaq_brevitas.synthesis.parameterize import ImageParameter, PixelParameter, SpectrumParameter
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
+from maskaq_brevitas.synthesis.scenes import scene_images
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 
 __all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "seen_by", "synthesize"]
 
 _PARAMETERS: dict[str, type[ImageParameter]] = {"pixel": PixelParameter, "spectrum": SpectrumParameter}
+_DRAWN_STARTS = {"dead_leaves": dead_leaves_images, "scenes": scene_images}
 
 
 @dataclass
@@ -191,8 +193,8 @@ def draw_start(
             fifth of what lies between, a typical contrast of photographs; Gaussian ones get 1 as published.
     """
     low, high = low.cpu(), high.cpu()
-    if init == "dead_leaves":
-        return low + (high - low) * dead_leaves_images(shape, generator)
+    if init in _DRAWN_STARTS:
+        return low + (high - low) * _DRAWN_STARTS[init](shape, generator)
     if init == "gaussian":
         return augment.gaussian_images(shape, generator)
     return augment.low_frequency_images(shape, generator) * 0.2 * (high - low)

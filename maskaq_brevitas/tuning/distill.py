@@ -167,15 +167,22 @@ class Distiller:
 
     @torch.no_grad()
     def validation_loss(self, batches: Iterable[Tensor]) -> Losses:
-        """The objective on images as they are, mean over images; the quant model is not changed.
+        """The objective on images that are not augmented, mean over images; the quant model is not changed.
+
+        Tokens are left out as in training (on whole images alone the loss says little about a model that trains on
+        parts of them), always the same ones.
 
         Raises:
             InputError: if there is no image.
         """
         sums, count = [0.0] * 4, 0
         # Not compiled: another batch size, without gradients, would be compiled anew for a few images.
-        with self._trainable([]), self._taps() as taps, torch.compiler.set_stance("force_eager"):
+        generator = torch.Generator().manual_seed(0)
+        eager = torch.compiler.set_stance("force_eager")
+        with self._trainable([]), self._taps() as taps, self._token_choice() as choice, eager:
             for images in batches:
+                if choice is not None:
+                    choice.indices = self._drawn_tokens(len(images), generator).to(images.device)
                 losses = self._losses(images, taps)
                 sums = [total + float(loss) * len(images) for total, loss in zip(sums, losses, strict=True)]
                 count += len(images)
