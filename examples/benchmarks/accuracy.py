@@ -47,7 +47,7 @@ ROWS = {
     "entropy": "PSAQ style (class, variation, entropy)",
     "maskaq": "MaskAQ (all five terms)",
     "leaves": "Dead leaves (drawn, no model asked)",
-    "scenes": "Dead leaves and shaded scenes (drawn, no model asked)",
+    "scenes": "Scenes from random programs (drawn, no model asked)",
     "mixed": "MaskAQ and drawn scenes, half each (our default)",
     "real": "Real images",
     "noise+distill": "Gaussian noise + distillation",
