@@ -15,9 +15,10 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from maskaq_brevitas.run_directory import installed_versions, write_whole
 from maskaq_brevitas.synthesis.synthesizer import synthesize
 from maskaq_brevitas.tuning.calibrate import calibrate
 
-_DENSE = SynthesisConfig(init="low_frequency")
+_FLOOR = "floor: two bare networks"
 # What is switched on -> changes of the dense float32 step.
 LEVERS: dict[str, dict[str, Any]] = {
     "all rows of attention": {"head_rows": None, "entropy_rows": None},
@@ -72,16 +73,35 @@ class Case:
         return run
 
 
-def timed(run: Callable[[int], None], steps: int, device: str) -> tuple[float, float | None]:
-    """Seconds per step, and the peak of memory in MB above what was there before (None where it cannot be read)."""
-    before = _reset_peak(device)
+def timed(run: Callable[[int], None], steps: int, device: str) -> float:
+    """Seconds per step."""
     start = time.perf_counter()
     run(steps)
     if device != "cpu":
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / steps
-    peak = _peak(device)
-    return seconds, None if peak is None or before is None else peak - before
+    return (time.perf_counter() - start) / steps
+
+
+def peak_memory(run: Callable[[int], None], device: str) -> float | None:
+    """MB at the peak of two steps above what the networks and images take; None where it cannot be read.
+
+    On a CPU in a process of its own: what an allocator once took it keeps.
+    """
+    before = _in_use(device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    run(2)
+    after = _peak(device)
+    return None if before is None or after is None else after - before
+
+
+def _peak_elsewhere(variant: str, batch: int, name: str, changes: dict[str, Any], device: str) -> float | None:
+    task = json.dumps([variant, batch, name, changes, device])
+    command = [sys.executable, "-W", "ignore", __file__, "--peak-of", task]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"Measuring the memory of {variant!r} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(
@@ -90,39 +110,46 @@ def compare(
     """Medians of all runs, which take turns; the first is the floor that the others are divided by."""
     for run in runs.values():
         run(1)
-    found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in runs}
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):
         for name, run in runs.items():
             found[name].append(timed(run, steps, device))
     floor = next(iter(runs))
     table: dict[str, dict[str, Any]] = {}
-    for name, rounds in found.items():
-        seconds = [value for value, _ in rounds]
-        peaks = [peak for _, peak in rounds if peak is not None]
-        floors = [value for value, _ in found[floor]]
+    for name, seconds in found.items():
+        ratios = [ours / bare for ours, bare in zip(seconds, found[floor], strict=True)]
         table[name] = {
-            "seconds_per_step": statistics.median(seconds),
-            "images_per_second": batch / statistics.median(seconds),
-            "ratio": statistics.median(ours / bare for ours, bare in zip(seconds, floors, strict=True)),
-            "ratios": [ours / bare for ours, bare in zip(seconds, floors, strict=True)],
-            "peak_mb": statistics.median(peaks) if peaks else None,
-        }
+            "seconds_per_step": statistics.median(seconds), "images_per_second": batch / statistics.median(seconds),
+            "ratio": statistics.median(ratios), "ratios": ratios,
+        }  # fmt: skip
     return table
 
 
-def levers(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    case = Case(name, options.batch, options.device)
-    runs: dict[str, Callable[[int], None]] = {"floor: two bare networks": case.floor}
-    runs |= {
-        title: case.synthesis(SynthesisConfig(**{"init": _DENSE.init, **changes})) for title, changes in LEVERS.items()
-    }
-    return compare(runs, options.repetitions, options.steps, options.device, options.batch)
+def variants(case: Case) -> dict[str, Callable[[int], None]]:
+    """The floor and every lever."""
+    runs: dict[str, Callable[[int], None]] = {_FLOOR: case.floor}
+    for title, changes in LEVERS.items():
+        runs[title] = case.synthesis(SynthesisConfig(**{"init": "low_frequency", **changes}))
+    return runs
+
+
+def measure(
+    name: str, titles: Sequence[str], batch: int, options: argparse.Namespace, changes: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Speed and memory of the floor and the variants of these titles."""
+    peaks = {title: _peak_elsewhere(title, batch, name, changes, options.device) for title in (_FLOOR, *titles)}
+    case = Case(name, batch, options.device, **changes)
+    runs = {title: run for title, run in variants(case).items() if title in peaks}
+    table = compare(runs, options.repetitions, options.steps, options.device, batch)
+    for title, row in table.items():
+        row["peak_mb"] = peaks[title]
+    return table
 
 
 def growth(name: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The dense step with another batch, image size or depth, one thing at a time."""
     half = max(1, options.batch // 2)
-    cases = {
+    cases: dict[str, tuple[int, dict[str, Any]]] = {
         f"batch {half}": (half, {}),
         f"batch {options.batch}": (options.batch, {}),
         f"batch {2 * options.batch}": (2 * options.batch, {}),
@@ -131,12 +158,8 @@ def growth(name: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
     table = {}
     for title, (batch, changes) in cases.items():
-        case = Case(name, batch, options.device, **changes)
-        rows = compare(
-            {"floor": case.floor, "step": case.synthesis(_DENSE)}, options.repetitions, options.steps, options.device, batch
-        )
-        table[title] = rows["step"]
-        print(f"  {title:24} {_line(rows['step'])}", flush=True)
+        table[title] = measure(name, ["dense step"], batch, options, changes)["dense step"]
+        print(f"  {title:24} {_line(table[title])}", flush=True)
     return table
 
 
@@ -149,8 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-growth", action="store_true", help="leave out the batches, sizes and depths")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--out", type=Path, default=Path("runs/speed.json"), help="(default: %(default)s)")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.peak_of is not None:
+        variant, batch, name, changes, device = json.loads(options.peak_of)
+        case = Case(name, batch, device, **changes)
+        print(json.dumps(peak_memory(variants(case)[variant], device)))
+        return
     torch.set_num_threads(options.threads)
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(), "threads": options.threads, "batch": options.batch,
@@ -159,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     for name in options.models:
         print(f"{name}, batch {options.batch}, {options.threads} threads", flush=True)
-        report["levers"][name] = levers(name, options)
+        report["levers"][name] = measure(name, list(LEVERS), options.batch, options, {})
         for title, row in report["levers"][name].items():
             print(f"  {title:24} {_line(row)}", flush=True)
     if not options.no_growth:
@@ -174,16 +203,8 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['images_per_second']:7.2f} image-iterations/s  {row['ratio']:5.2f} x the floor{peak}"
 
 
-def _reset_peak(device: str) -> float | None:
-    """Start a new peak; MB in use now."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 1e6
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux
-        return None
-    return _status("VmRSS")
+def _in_use(device: str) -> float | None:
+    return torch.cuda.memory_allocated() / 1e6 if device != "cpu" else _status("VmRSS")
 
 
 def _peak(device: str) -> float | None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "speed.py"
 
@@ -17,10 +18,13 @@ def speed():
     return module
 
 
-@pytest.mark.heavy
-def test_all_rows_are_measured_and_stored(speed, tmp_path, capsys):
+OPTIONS = "--models test_vit --batch 2 --steps 2 --repetitions 1 --threads 1".split()
+
+
+def test_all_rows_are_measured_and_stored(speed, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speed, "_peak_elsewhere", lambda variant, batch, name, changes, device: 100.0 * batch)
     out = tmp_path / "new" / "speed.json"
-    speed.main(f"--models test_vit --batch 2 --steps 2 --repetitions 1 --threads 1 --out {out}".split())
+    speed.main([*OPTIONS, "--out", str(out)])
     report = json.loads(out.read_text())
     rows = report["levers"]["test_vit"]
     assert list(rows) == ["floor: two bare networks", *speed.LEVERS]
@@ -29,8 +33,15 @@ def test_all_rows_are_measured_and_stored(speed, tmp_path, capsys):
     for row in rows.values():
         assert row["ratio"] == pytest.approx(row["seconds_per_step"] / floor["seconds_per_step"])
         assert row["images_per_second"] == pytest.approx(2 / row["seconds_per_step"])
-    assert list(report["growth"]["test_vit"]) == ["batch 1", "batch 2", "batch 4", "384 pixels, batch 1", "depth 24, batch 1"]
+    peaks = {title: row["peak_mb"] for title, row in report["growth"]["test_vit"].items()}
+    assert peaks == {"batch 1": 100, "batch 2": 200, "batch 4": 400, "384 pixels, batch 1": 100, "depth 24, batch 1": 100}
     assert "all levers" in capsys.readouterr().out
+
+
+@pytest.mark.heavy
+def test_memory_is_measured_in_another_process(speed):
+    small, large = (speed._peak_elsewhere("dense step", batch, "test_vit", {}, "cpu") for batch in (1, 16))
+    assert 0 < small < large
 
 
 def test_runs_take_turns_and_ratios_are_medians_within_a_repetition(speed, monkeypatch):
@@ -40,20 +51,22 @@ def test_runs_take_turns_and_ratios_are_medians_within_a_repetition(speed, monke
     def timed(run, steps, device):
         name = run(0)
         order.append(name)
-        return next(seconds[name]), 5.0
+        return next(seconds[name])
 
     monkeypatch.setattr(speed, "timed", timed)
     table = speed.compare({name: lambda steps, name=name: name for name in seconds}, 3, 1, "cpu", 8)
     assert order == ["bare", "ours"] * 3
     assert table["ours"]["ratios"] == [2.0, 3.0, 2.0] and table["ours"]["ratio"] == 2.0
     assert table["ours"]["seconds_per_step"] == 6.0 and table["ours"]["images_per_second"] == pytest.approx(8 / 6)
-    assert table["ours"]["peak_mb"] == 5.0
 
 
 def test_peak_memory_sees_what_a_run_takes(speed):
-    if speed._reset_peak("cpu") is None:
+    if speed._in_use("cpu") is None:
         pytest.skip("no /proc")
-    import torch
+    peak = speed.peak_memory(lambda steps: torch.ones(256_000_000).sum(), "cpu")
+    assert 900 < peak < 1300  # 1,024 MB
 
-    _, peak = speed.timed(lambda steps: torch.ones(64_000_000).sum(), 1, "cpu")
-    assert 200 < peak < 400  # 256 MB
+
+def test_a_failing_measurement_of_memory_is_not_silent(speed):
+    with pytest.raises(RuntimeError, match="memory of 'no such variant' failed"):
+        speed._peak_elsewhere("no such variant", 1, "test_vit", {}, "cpu")
