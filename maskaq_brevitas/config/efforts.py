@@ -43,7 +43,7 @@ def _distillation(**values: Any) -> DistillConfig:
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(num_images=64, steps=100, procedural_share=0.5, tuning=None),
     "default": Effort(num_images=128, steps=50, procedural_share=0.25, tuning=_distillation(epochs=10, drawn_images=256)),
-    "best": Effort(num_images=384, steps=50, procedural_share=0.25, tuning=_distillation(epochs=60, drawn_images=1024)),
+    "best": Effort(num_images=320, steps=30, procedural_share=0.25, tuning=_distillation(epochs=16, drawn_images=512)),
 }
 
 

@@ -95,8 +95,7 @@ def head_coherence_loss(attention: Sequence[Tensor], prefix: int, rows: Tensor |
             per_layer.append(layer.new_zeros(layer.shape[0], dtype=torch.float32))
             continue
         # (batch, heads, queries, keys) -> (batch, queries, heads, keys)
-        maps = layer[..., prefix:, prefix:]
-        maps = (maps if rows is None else maps[:, :, rows]).float().transpose(1, 2)
+        maps = _among_patches(layer, prefix, rows).float().transpose(1, 2)
         low = maps.amin(dim=-1, keepdim=True)
         maps = (maps - low) / (maps.amax(dim=-1, keepdim=True) - low + 1e-8)
         mean = maps.mean(dim=-1, keepdim=True)
@@ -128,8 +127,7 @@ def similarity_entropy(attention: Tensor, prefix: int, rows: Tensor | None = Non
     Returns:
         ``(batch,)``, in nats.
     """
-    maps = attention[..., prefix:, prefix:]
-    maps = (maps if rows is None else maps[:, :, rows]).float().mean(dim=1)  # (batch, queries, keys)
+    maps = _among_patches(attention, prefix, rows).float().mean(dim=1)  # (batch, queries, keys)
     maps = F.normalize(maps, dim=-1)
     similarity = maps @ maps.transpose(-2, -1)
     variance = similarity.flatten(1).var(dim=1, unbiased=False)
@@ -164,6 +162,14 @@ def masked_alignment_loss(float_rows: Tensor, quant_rows: Tensor, mask: Tensor) 
     weights = mask.to(float_rows.dtype)
     distance = ((float_rows - quant_rows).abs() * weights).sum(dim=-1) / weights.sum(dim=-1).clamp_min(1)
     return distance.mean(dim=0)
+
+
+def _among_patches(attention: Tensor, prefix: int, rows: Tensor | None) -> Tensor:
+    """Attention of the patches ``rows`` (all if None) to all patches, ``(batch, heads, rows, patches)``."""
+    if rows is None:
+        return attention[..., prefix:, prefix:]
+    # Rows first: the gradient of a slice fills a tensor of the whole attention.
+    return attention.index_select(2, rows + prefix)[..., prefix:]
 
 
 def _norm(differences: Tensor) -> Tensor:
