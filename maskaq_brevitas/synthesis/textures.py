@@ -69,7 +69,7 @@ class TexturePainter:
 
         Cabral, Leedom: Imaging vector fields using line integral convolution, SIGGRAPH 1993.
         """
-        white = torch.randn(self.channels if self.chance(0.3) else 1, self.height, self.width, generator=self.generator)
+        white = self.randn(self.channels if self.chance(0.3) else 1, self.height, self.width)
         if self.chance(0.5):
             white = 3 * F.avg_pool2d(white[None], 3, 1, 1)[0]
         angle = self.noise(self.uniform(1.4, 2.4))[0] * self.uniform(0.2, 1.5) + self.uniform(0, 2 * math.pi)
@@ -99,7 +99,7 @@ class TexturePainter:
         nearest, owner = away.topk(2, dim=-1, largest=False)
         nearest = nearest.sqrt() * math.sqrt(count) / 1.8
         border = nearest[..., 1] - nearest[..., 0]
-        colours = self.coloured(torch.randn(1, count, generator=self.generator))[:, 0]
+        colours = self.coloured(self.randn(1, count))[:, 0]
         cells = colours[:, owner[..., 0]]
         kind = int(self.uniform(0, 3))
         if kind == 0:

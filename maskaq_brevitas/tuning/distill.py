@@ -136,8 +136,7 @@ class Distiller:
         with self._trainable(trained), self._taps() as taps, self._token_choice() as choice:
             for images in batches:
                 images = augment(images, self.config.augment, generator, self.geometry)
-                if choice is not None:
-                    choice.indices = self._drawn_tokens(len(images), generator).to(images.device)
+                self._draw_tokens(choice, images, generator)
                 self._set_rates()
                 self.quant_model.zero_grad(set_to_none=True)
                 losses = self._losses(images, taps)
@@ -176,13 +175,12 @@ class Distiller:
             InputError: if there is no image.
         """
         sums, count = [0.0] * 4, 0
-        # Not compiled: another batch size, without gradients, would be compiled anew for a few images.
         generator = torch.Generator().manual_seed(0)
+        # Not compiled: another batch size, without gradients, would be compiled anew for a few images.
         eager = torch.compiler.set_stance("force_eager")
         with self._trainable([]), self._taps() as taps, self._token_choice() as choice, eager:
             for images in batches:
-                if choice is not None:
-                    choice.indices = self._drawn_tokens(len(images), generator).to(images.device)
+                self._draw_tokens(choice, images, generator)
                 losses = self._losses(images, taps)
                 sums = [total + float(loss) * len(images) for total, loss in zip(sums, losses, strict=True)]
                 count += len(images)
@@ -231,10 +229,13 @@ class Distiller:
     def _token_choice(self) -> AbstractContextManager[TokenChoice | None]:
         return token_choice((self.teacher, self.network)) if self.config.kept_tokens < 1 else nullcontext()
 
-    def _drawn_tokens(self, batch: int, generator: torch.Generator) -> Tensor:
+    def _draw_tokens(self, choice: TokenChoice | None, images: Tensor, generator: torch.Generator) -> None:
+        """Draw the tokens that both networks see of each image, unless they see all."""
+        if choice is None:
+            return
         patches = patch_count(self.quant_model)
         kept = max(1, round(self.config.kept_tokens * patches))
-        return draw_tokens(batch, patches, kept, self.prefix, generator)
+        choice.indices = draw_tokens(len(images), patches, kept, self.prefix, generator).to(images.device)
 
     def _is_worth_compiling(self) -> bool:
         if self.config.compile != "auto":

@@ -46,10 +46,13 @@ def test_strands_are_smooth_along_and_rough_across_their_direction():
 def test_cells_have_one_owner_and_few_colours():
     texture = painter((3, 64, 64), 3)
     texture.grain = lambda most: torch.zeros(3, 64, 64)
-    texture.uniform = lambda low=0.0, high=1.0: low  # few cells with lines between them
+    # Few cells, with thin lines between them.
+    texture.uniform = lambda low=0.0, high=1.0: high if (low, high) == (3, 20) else low
     cells = texture.cells()
     assert len(torch.unique(cells.flatten(1), dim=1).T) > 6  # lines blend
     assert cells.flatten(1).std(dim=1).max() > 0
+    _, counts = torch.unique((cells * 50).round().flatten(1), dim=1, return_counts=True)
+    assert counts.sort(descending=True).values[:6].sum() > 0.5 * 64 * 64
 
 
 def test_views_and_blur_keep_a_plain_texture_as_it_is():
