@@ -13,6 +13,7 @@ __all__ = [
     "InputError",
     "MaskAQError",
     "MaskAQWarning",
+    "MemoryWarning",
     "MissingExtraError",
     "ModelError",
     "RunDirectoryError",
@@ -82,3 +83,7 @@ class SkippedLayerWarning(MaskAQWarning):
 
 class CompilationWarning(MaskAQWarning):
     """``torch.compile`` failed; the run goes on without it, more slowly."""
+
+
+class MemoryWarning(MaskAQWarning):
+    """Memory ran out; the run goes on with fewer images at once, for the same result."""

@@ -67,6 +67,9 @@ class SynthesisConfig:
         colour_shift, colour_scale: strength of the random per-channel shift (decays to 0 over the run) and of the
             scale, in units of the normalised image.
         precision: arithmetic of the two networks; images and losses stay in float32.
+        memory_mib: what autograd may keep of the two networks at once, in MiB: a batch passes through them in parts that
+            fit, for the same gradient. ``None``: 640 on a CPU (larger parts are not faster there), half of the free memory
+            on a GPU.
         max_redraws: how often an image whose objective is not finite is drawn again before synthesis gives up.
     """
 
@@ -102,6 +105,7 @@ class SynthesisConfig:
     colour_shift: float = 0.5
     colour_scale: float = 0.1
     precision: Literal["float32", "bfloat16"] = "float32"
+    memory_mib: int | None = None
     max_redraws: int = 3
 
     def __post_init__(self) -> None:
@@ -109,7 +113,7 @@ class SynthesisConfig:
             check_at_least(name, getattr(self, name), 1)
         for name in ("jitter", "late_jitter", "max_redraws"):
             check_at_least(name, getattr(self, name), 0)
-        for name in ("warmup_steps", "entropy_rows", "head_rows"):
+        for name in ("warmup_steps", "entropy_rows", "head_rows", "memory_mib"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 2 if name == "entropy_rows" else 1)
         for name in ("learning_rate", "final_learning_rate"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["colour_jitter", "draw_roll", "gaussian_images", "low_frequency_images", "natural_amplitude", "pixel_noise"]
+__all__ = ["draw_colours", "draw_roll", "gaussian_images", "low_frequency_images", "natural_amplitude", "pixel_noise"]
 
 
 def gaussian_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
@@ -65,15 +65,19 @@ def draw_roll(reach: int, generator: torch.Generator) -> tuple[int, int]:
     return down, right
 
 
-def colour_jitter(images: Tensor, shift: float, scale: float, generator: torch.Generator) -> Tensor:
-    """Each channel of each image scaled by exp(scale * N(0, 1)) and shifted by ``shift`` * U(-1, 1).
+def draw_colours(
+    batch: int, channels: int, shift: float, scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Factors exp(scale * N(0, 1)) and offsets ``shift`` * U(-1, 1) for each channel of each image.
 
     Args:
-        images: ``(batch, channels, height, width)``.
+        batch, channels: how many.
         shift, scale: strengths, in units of the normalised image.
         generator: random source on the CPU.
+
+    Returns:
+        Factors and offsets, ``(batch, channels, 1, 1)`` each.
     """
-    shape = (*images.shape[:2], 1, 1)
-    shifts = (torch.rand(shape, generator=generator) * 2 - 1) * shift
-    scales = torch.exp(torch.randn(shape, generator=generator) * scale)
-    return images * scales.to(images) + shifts.to(images)
+    shape = (batch, channels, 1, 1)
+    offsets = (torch.rand(shape, generator=generator) * 2 - 1) * shift
+    return torch.exp(torch.randn(shape, generator=generator) * scale), offsets

@@ -55,7 +55,7 @@ def mask_share(progress: float, start: float, end: float) -> float:
     return start + (end - start) * progress
 
 
-def drop_at_random(mask: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+def drop_at_random(mask: Tensor, share: float, drawn: Tensor) -> Tensor:
     """``mask`` with about ``share`` of its selected patches dropped, each by its own draw.
 
     A row that would lose all its patches keeps them.
@@ -63,7 +63,7 @@ def drop_at_random(mask: Tensor, share: float, generator: torch.Generator | None
     Args:
         mask: boolean, ``(..., patches)``.
         share: probability of dropping a patch, in [0, 1).
-        generator: random source on the CPU.
+        drawn: uniform random numbers in [0, 1), of the shape of ``mask``.
     """
-    kept = mask & (torch.rand(mask.shape, generator=generator) >= share).to(mask.device)
+    kept = mask & (drawn >= share).to(mask.device)
     return torch.where(kept.any(dim=-1, keepdim=True), kept, mask)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import cos, pi
 
 import torch
 from torch import Tensor, nn
 
-from maskaq_brevitas.config import AttentionKind, SynthesisConfig
+from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import InputError, SynthesisError
-from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
+from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.models.token_choice import TokenChoice, token_choice
 from maskaq_brevitas.synthesis import augment, masks, objectives
+from maskaq_brevitas.synthesis.iteration import Gradient, autocast, informative, networks
+from maskaq_brevitas.synthesis.iteration import objective_gradient, received, tap_points
 from maskaq_brevitas.synthesis.parameterize import ImageParameter, PixelParameter, SpectrumParameter
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.scenes import scene_images
@@ -97,17 +97,17 @@ def synthesize(
     final_rate = min(config.final_learning_rate, peak_rate)
 
     tokens = KeptTokens(geometry, len(labels), config.kept_tokens)
-    with _networks(float_snapshot, quant_snapshot, config) as networks:
+    found: Gradient | None = None
+    with networks(float_snapshot, quant_snapshot, config, parameter.images()) as both:
         for step in range(steps):
             progress = step / max(1, steps - 1)
-            if tokens.is_due(progress):
-                received = _received(networks.seen_by_float, config.mask_attention, geometry, float_snapshot)
-                tokens.cut(received.detach().mean(dim=0), progress)
+            if found is not None and tokens.is_due(progress):
+                tokens.cut(found.received, progress)
             optimizer.param_groups[0]["lr"] = final_rate + (peak_rate - final_rate) * (1 + cos(pi * progress)) / 2
-            terms = _terms(parameter.images(), labels, networks, tokens, geometry, config, progress, generator)
-            objective = sum(weight * term for weight, term in terms.values())
-            (gradient,) = torch.autograd.grad(objective.sum(), parameter.value)
-            broken = ~(torch.isfinite(objective) & torch.isfinite(gradient.flatten(1)).all(dim=1))
+            images = parameter.images()
+            found = objective_gradient(images, labels, both, tokens, geometry, config, progress, generator)
+            (gradient,) = torch.autograd.grad(images, parameter.value, found.images)
+            broken = ~(torch.isfinite(found.objective) & torch.isfinite(gradient.flatten(1)).all(dim=1))
             if broken.any():
                 _redraw(parameter, gradient, broken.cpu(), draws, optimizer, config, spare, shape)
                 batch.redrawn += int(broken.sum())
@@ -115,9 +115,9 @@ def synthesize(
             optimizer.step()
             parameter.settle()
             if step in (0, steps - 1) or on_step is not None:
-                mean = float(objective.detach()[~broken].mean()) if not broken.all() else float("nan")
+                mean = float(found.objective[~broken].mean()) if not broken.all() else float("nan")
                 if step in (0, steps - 1):
-                    _note(batch.trace, mean, {name: term[~broken] for name, (_, term) in terms.items()})
+                    _note(batch.trace, mean, {name: term[~broken] for name, term in found.terms.items()})
                 if on_step is not None:
                     on_step(step + 1, mean)
     images = parameter.images().detach()
@@ -150,10 +150,10 @@ def seen_by(
     Returns:
         Outputs ``(batch, outputs)`` and mask ``(batch, patches)``, boolean; both on the CPU.
     """
-    with attention_tap(float_snapshot, *_tap_points(config)) as seen, _autocast(config, images.device):
+    with attention_tap(float_snapshot, *tap_points(config)) as seen, autocast(config, images.device):
         outputs = float_snapshot(images)
-        received = _received(seen, config.mask_attention, geometry, float_snapshot)
-    return outputs.float().cpu(), masks.informative_mask(received.mean(dim=0), config.mask_end).cpu()
+        rows = received(seen, config.mask_attention, geometry, float_snapshot)
+    return outputs.float().cpu(), masks.informative_mask(rows.mean(dim=0), config.mask_end).cpu()
 
 
 @torch.no_grad()
@@ -174,12 +174,12 @@ def masked_alignment(
     Returns:
         ``(batch,)``, in units of the attention named by ``config.align_attention``.
     """
-    points = _tap_points(config)
+    points = tap_points(config)
     with attention_tap(float_snapshot, *points) as ours, attention_tap(quant_snapshot, *points) as theirs:
         float_snapshot(images)
         quant_snapshot(images)
-        mask, float_rows = _mask(ours, geometry, config, float_snapshot, config.mask_end)
-        quant_rows = _received(theirs, config.align_attention, geometry, quant_snapshot)
+        mask, float_rows = informative(ours, geometry, config, float_snapshot, config.mask_end)
+        quant_rows = received(theirs, config.align_attention, geometry, quant_snapshot)
         return objectives.masked_alignment_loss(float_rows, quant_rows, mask)
 
 
@@ -198,132 +198,6 @@ def draw_start(
     if init == "gaussian":
         return augment.gaussian_images(shape, generator)
     return augment.low_frequency_images(shape, generator) * 0.2 * (high - low)
-
-
-@dataclass
-class _Networks:
-    """Both networks, and what their attention was in the last forward pass."""
-
-    float_snapshot: nn.Module
-    quant_snapshot: nn.Module | None
-    seen_by_float: AttentionRecord
-    seen_by_quant: AttentionRecord | None
-    choice: TokenChoice | None
-
-
-@contextmanager
-def _networks(
-    float_snapshot: nn.Module, quant_snapshot: nn.Module | None, config: SynthesisConfig
-) -> Iterator[_Networks]:
-    """Both networks with their attention tapped, and told which tokens to leave out."""
-    points = _tap_points(config)
-    models = [float_snapshot] if quant_snapshot is None else [float_snapshot, quant_snapshot]
-    with (
-        attention_tap(float_snapshot, *points) as seen_by_float,
-        _tap(quant_snapshot, points) as seen_by_quant,
-        token_choice(models) if config.kept_tokens < 1 else nullcontext(None) as choice,
-    ):
-        yield _Networks(float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, choice)
-
-
-def _terms(
-    images: Tensor,
-    labels: Tensor,
-    networks: _Networks,
-    tokens: KeptTokens,
-    geometry: Geometry,
-    config: SynthesisConfig,
-    progress: float,
-    generator: torch.Generator,
-) -> dict[str, tuple[float, Tensor]]:
-    """Weight and value ``(batch,)`` of every term that is switched on, from one forward pass of each network."""
-    reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
-    down, right = augment.draw_roll(reach, generator)
-    x = torch.roll(images, shifts=(down, right), dims=(-2, -1))
-    x = augment.colour_jitter(x, config.colour_shift * (1 - progress), config.colour_scale, generator)
-    flipped = config.flip and bool(torch.rand((), generator=generator) < 0.5)
-    x = x.flip(-1) if flipped else x
-    if networks.choice is not None:
-        networks.choice.indices = tokens.tokens(down, right, flipped).to(images.device)
-    prefix, patches = geometry.prefix_tokens, tokens.places.shape[1]
-    aligned = networks.quant_snapshot is not None and config.align_weight > 0
-    terms: dict[str, tuple[float, Tensor]] = {}
-    with _autocast(config, images.device):
-        logits = networks.float_snapshot(x)
-        if aligned:
-            networks.quant_snapshot(x)
-    if config.class_weight > 0 and geometry.num_classes > 0:
-        terms["class"] = config.class_weight, objectives.class_loss(logits.float(), labels)
-    if config.tv_weight > 0:
-        norm = objectives.total_variation if config.tv_norm == "l2" else objectives.total_variation_l1
-        terms["tv"] = config.tv_weight, norm(images)
-
-    def seen(kind: AttentionKind) -> list[Tensor]:
-        return _attention(networks.seen_by_float, kind, geometry, networks.float_snapshot)
-
-    if config.head_weight > 0:
-        rows = _rows(config.head_rows, patches, generator, images.device)
-        terms["head"] = config.head_weight, objectives.head_coherence_loss(seen(config.head_attention), prefix, rows)
-    if config.entropy_weight > 0:
-        rows = _rows(config.entropy_rows, patches, generator, images.device)
-        terms["entropy"] = config.entropy_weight, objectives.entropy_loss(seen(config.entropy_attention), prefix, rows)
-    if aligned:
-        share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
-        mask, float_rows = _mask(networks.seen_by_float, geometry, config, networks.float_snapshot, min(1.0, share))
-        mask = masks.drop_at_random(mask, config.mask_drop, generator)
-        quant_rows = _received(networks.seen_by_quant, config.align_attention, geometry, networks.quant_snapshot)
-        terms["align"] = config.align_weight, objectives.masked_alignment_loss(float_rows, quant_rows, mask)
-    return terms
-
-
-def _rows(count: int | None, patches: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
-    """``count`` of the patches drawn at random, indices; None for all."""
-    if count is None or count >= patches:
-        return None
-    return torch.randperm(patches, generator=generator)[:count].to(device)
-
-
-def _mask(
-    record: AttentionRecord, geometry: Geometry, config: SynthesisConfig, model: nn.Module, share: float
-) -> tuple[Tensor, Tensor]:
-    """The informative patches by the float model, and the rows that alignment compares, ``(layers, batch, patches)``."""
-    rows = _received(record, config.align_attention, geometry, model)
-    if not config.mask_enabled:
-        return torch.ones_like(rows[0], dtype=torch.bool), rows
-    received = rows.detach()
-    if config.mask_attention != config.align_attention:
-        received = _received(record, config.mask_attention, geometry, model).detach()
-    return masks.informative_mask(received if config.mask_per_layer else received.mean(dim=0), share), rows
-
-
-def _received(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> Tensor:
-    """The attention that each patch received, ``(layers, batch, patches)``."""
-    attention = _attention(record, kind, geometry, model)
-    return masks.received_attention(attention, geometry.prefix_tokens, geometry.class_token)
-
-
-def _attention(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> list[Tensor]:
-    """The recorded attention of the kind a term asks for."""
-    if kind == "probabilities":
-        return record.probabilities
-    if kind == "logits":
-        return record.logits
-    scales = [module.scale for module in model.modules() if hasattr(module, "logits") and hasattr(module, "scale")]
-    return [logits / scale for logits, scale in zip(record.logits, scales, strict=True)]
-
-
-def _tap_points(config: SynthesisConfig) -> tuple:
-    kinds = (config.head_attention, config.entropy_attention, config.align_attention, config.mask_attention)
-    points = ["probabilities"] if "probabilities" in kinds else []
-    return (*points, "logits") if any(kind != "probabilities" for kind in kinds) else tuple(points)
-
-
-def _tap(model: nn.Module | None, points: tuple):
-    return nullcontext(None) if model is None else attention_tap(model, *points)
-
-
-def _autocast(config: SynthesisConfig, device: torch.device):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def _fork(generator: torch.Generator) -> torch.Generator:

@@ -50,16 +50,11 @@ def test_rolls_cover_every_offset_and_nothing_else():
     assert augment.draw_roll(0, stream) == (0, 0) and torch.equal(stream.get_state(), before)
 
 
-def test_colour_jitter_is_affine_per_image_and_channel():
-    images = torch.randn(50, 3, 4, 4, generator=generator(1))
-    changed = augment.colour_jitter(images, 0.5, 0.1, generator())
-    scales, shifts = np.zeros((50, 3)), np.zeros((50, 3))
-    for image in range(50):
-        for channel in range(3):
-            x, y = images[image, channel].flatten().numpy(), changed[image, channel].flatten().numpy()
-            scales[image, channel], shifts[image, channel] = np.polyfit(x, y, 1)
-            assert np.allclose(y, scales[image, channel] * x + shifts[image, channel], atol=1e-5)
-    assert np.log(scales).std() == pytest.approx(0.1, abs=0.02)
-    assert np.abs(shifts).max() <= 0.5 + 1e-5 and shifts.std() == pytest.approx(0.5 / np.sqrt(3), abs=0.04)
-    assert np.unique(scales.round(6)).size == 150
-    assert torch.equal(augment.colour_jitter(images, 0.0, 0.0, generator()), images)
+def test_colours_are_drawn_per_image_and_channel():
+    factors, offsets = augment.draw_colours(50, 3, 0.5, 0.1, generator())
+    assert factors.shape == offsets.shape == (50, 3, 1, 1)
+    assert float(factors.log().std()) == pytest.approx(0.1, abs=0.02)
+    assert float(offsets.abs().max()) <= 0.5 and float(offsets.std()) == pytest.approx(0.5 / np.sqrt(3), abs=0.04)
+    assert factors.unique().numel() == offsets.unique().numel() == 150
+    factors, offsets = augment.draw_colours(2, 1, 0.0, 0.0, generator())
+    assert (factors == 1).all() and (offsets == 0).all()

@@ -11,7 +11,7 @@ from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.synthesis import objectives
-from maskaq_brevitas.synthesis import synthesizer
+from maskaq_brevitas.synthesis import iteration
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 from maskaq_brevitas.tuning.calibrate import calibrate
 
@@ -175,12 +175,12 @@ def test_published_objective_is_the_paper(tiny_vit, progress):
             rows, [reference.received(layer, 1, True) for layer in theirs], [chosen] * len(rows))),
     }  # fmt: skip
     float_model, frozen = float_snapshot(tiny_vit), frozen_snapshot(quant_model)
-    with synthesizer._networks(float_model, frozen, config) as networks:
-        terms = synthesizer._terms(
+    with iteration.networks(float_model, frozen, config, image) as networks:
+        found = iteration.objective_gradient(
             image, torch.tensor([3]), networks, KeptTokens(geometry, 1, 1.0), geometry, config, progress,
             torch.Generator().manual_seed(0),
         )  # fmt: skip
-    assert terms.keys() == expected.keys()
-    for name, (weight, value) in expected.items():
-        assert terms[name][0] == pytest.approx(weight), name
-        assert float(terms[name][1]) == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert found.terms.keys() == expected.keys()
+    for name, (_, value) in expected.items():
+        assert float(found.terms[name]) == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert float(found.objective) == pytest.approx(sum(weight * value for weight, value in expected.values()), rel=1e-5)

@@ -1,0 +1,296 @@
+"""One iteration of synthesis: what is drawn for it, the terms of the objective, and the gradient to the images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from maskaq_brevitas.config import AttentionKind, SynthesisConfig
+from maskaq_brevitas.errors import MemoryWarning
+from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.models.token_choice import TokenChoice, token_choice
+from maskaq_brevitas.synthesis import augment, masks, memory, objectives
+from maskaq_brevitas.synthesis.tokens import KeptTokens
+
+__all__ = ["Gradient", "Networks", "autocast", "informative", "networks", "objective_gradient", "received", "tap_points"]
+
+
+@dataclass
+class Networks:
+    """Both networks, tapped.
+
+    Attributes:
+        float_snapshot, quant_snapshot: frozen; without the second there is no alignment.
+        seen_by_float, seen_by_quant: their attention in the last forward pass.
+        choice: tells them which tokens to leave out; None if none is.
+        graph_bytes: what autograd keeps for one image of all tokens, of both together.
+        most: images that pass through them at once, at most; less after memory ran out.
+    """
+
+    float_snapshot: nn.Module
+    quant_snapshot: nn.Module | None
+    seen_by_float: AttentionRecord
+    seen_by_quant: AttentionRecord | None
+    choice: TokenChoice | None
+    graph_bytes: int
+    most: int
+
+    def forget(self) -> None:
+        """Let go of the recorded attention, and with it of the graphs of the last pass."""
+        self.seen_by_float.clear()
+        if self.seen_by_quant is not None:
+            self.seen_by_quant.clear()
+
+
+@dataclass
+class Gradient:
+    """What an iteration found, one row per image.
+
+    Attributes:
+        objective: ``(batch,)``.
+        terms: each term that is switched on, without its weight, ``(batch,)``.
+        images: gradient of the objective, ``(batch, channels, height, width)``.
+        received: attention that each kept patch received from the float model, mean over layers, ``(batch, patches)``.
+    """
+
+    objective: Tensor
+    terms: dict[str, Tensor]
+    images: Tensor
+    received: Tensor
+
+
+@dataclass
+class _Draws:
+    """All that an iteration leaves to chance, drawn for the whole batch, so that no result depends on its parts."""
+
+    down: int
+    right: int
+    flipped: bool
+    factors: Tensor
+    offsets: Tensor
+    head_rows: Tensor | None
+    entropy_rows: Tensor | None
+    dropping: Tensor  # (batch, patches), or (layers, batch, patches) for a mask per layer
+
+
+@contextmanager
+def networks(
+    float_snapshot: nn.Module, quant_snapshot: nn.Module | None, config: SynthesisConfig, images: Tensor
+) -> Iterator[Networks]:
+    """Both networks with their attention tapped, and told which tokens to leave out.
+
+    Args:
+        images: the batch; what the networks keep for its first image is measured.
+    """
+    points = tap_points(config)
+    if config.align_weight == 0:
+        quant_snapshot = None
+    models = [float_snapshot] if quant_snapshot is None else [float_snapshot, quant_snapshot]
+    with (
+        attention_tap(float_snapshot, *points) as seen_by_float,
+        nullcontext(None) if quant_snapshot is None else attention_tap(quant_snapshot, *points) as seen_by_quant,
+        token_choice(models) if config.kept_tokens < 1 else nullcontext(None) as choice,
+    ):
+        both = Networks(float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, choice, 0, most=len(images))
+        try:
+            both.graph_bytes = sum(memory.graph_bytes(model, images[:1], precision=config.precision) for model in models)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            both.most = 1
+            _warn(both.most)
+        both.forget()
+        yield both
+
+
+def objective_gradient(
+    images: Tensor,
+    labels: Tensor,
+    both: Networks,
+    tokens: KeptTokens,
+    geometry: Geometry,
+    config: SynthesisConfig,
+    progress: float,
+    generator: torch.Generator,
+) -> Gradient:
+    """Objective and its gradient to the images, which pass through the networks in parts that fit into memory.
+
+    Args:
+        images: normalised, ``(batch, channels, height, width)``.
+        labels: ``(batch,)``.
+        tokens: the patches that are kept.
+        progress: 0 at the first iteration, 1 at the last.
+        generator: random source on the CPU.
+    """
+    draws = _draw(images, both, tokens, geometry, config, progress, generator)
+    share = (geometry.prefix_tokens + tokens.places.shape[1]) / (geometry.prefix_tokens + geometry.patches)
+    most = min(both.most, memory.fitting(both.graph_bytes * share, images.device, config.memory_mib))
+    while True:
+        try:
+            found = [
+                _of_part(part, images, labels, both, tokens, geometry, config, progress, draws)
+                for part in memory.parts(len(images), most)
+            ]
+            break
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error) or most == 1:
+                raise
+        # Outside of the handler: the traceback holds what ran out.
+        most = both.most = max(1, min(most, len(images)) // 2)
+        _warn(most)
+    return Gradient(
+        torch.cat([part.objective for part in found]),
+        {name: torch.cat([part.terms[name] for part in found]) for name in found[0].terms},
+        torch.cat([part.images for part in found]),
+        torch.cat([part.received for part in found]),
+    )
+
+
+def _warn(most: int) -> None:
+    warnings.warn(f"Out of memory: going on with {most} images at once, more slowly.", MemoryWarning, stacklevel=3)
+
+
+def _draw(
+    images: Tensor,
+    both: Networks,
+    tokens: KeptTokens,
+    geometry: Geometry,
+    config: SynthesisConfig,
+    progress: float,
+    generator: torch.Generator,
+) -> _Draws:
+    reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
+    down, right = augment.draw_roll(reach, generator)
+    factors, offsets = augment.draw_colours(
+        *images.shape[:2], config.colour_shift * (1 - progress), config.colour_scale, generator
+    )
+    flipped = config.flip and bool(torch.rand((), generator=generator) < 0.5)
+    patches = tokens.places.shape[1]
+    head_rows = _rows(config.head_rows, patches, generator) if config.head_weight > 0 else None
+    entropy_rows = _rows(config.entropy_rows, patches, generator) if config.entropy_weight > 0 else None
+    layers = (len(attention_modules(both.float_snapshot)),) if config.mask_per_layer and config.mask_enabled else ()
+    dropping = torch.rand((*layers, len(images), patches), generator=generator)
+    return _Draws(down, right, flipped, factors, offsets, head_rows, entropy_rows, dropping)
+
+
+def _of_part(
+    part: slice,
+    images: Tensor,
+    labels: Tensor,
+    both: Networks,
+    tokens: KeptTokens,
+    geometry: Geometry,
+    config: SynthesisConfig,
+    progress: float,
+    draws: _Draws,
+) -> Gradient:
+    """The iteration for the images of ``part``; no graph outlives it."""
+    leaves = images[part].detach().requires_grad_(True)
+    try:
+        terms = _terms(part, leaves, labels[part], both, tokens, geometry, config, progress, draws)
+        objective = sum(weight * term for weight, term in terms.values())
+        (gradient,) = torch.autograd.grad(objective.sum(), leaves)
+        seen = received(both.seen_by_float, config.mask_attention, geometry, both.float_snapshot).detach().mean(dim=0)
+    finally:
+        both.forget()
+    return Gradient(objective.detach(), {name: term.detach() for name, (_, term) in terms.items()}, gradient, seen)
+
+
+def _terms(
+    part: slice,
+    images: Tensor,
+    labels: Tensor,
+    both: Networks,
+    tokens: KeptTokens,
+    geometry: Geometry,
+    config: SynthesisConfig,
+    progress: float,
+    draws: _Draws,
+) -> dict[str, tuple[float, Tensor]]:
+    """Weight and value ``(images,)`` of every term that is switched on, from one forward pass of each network."""
+    x = torch.roll(images, shifts=(draws.down, draws.right), dims=(-2, -1))
+    x = x * draws.factors[part].to(x) + draws.offsets[part].to(x)
+    x = x.flip(-1) if draws.flipped else x
+    if both.choice is not None:
+        both.choice.indices = tokens.tokens(draws.down, draws.right, draws.flipped)[part].to(x.device)
+    prefix, patches = geometry.prefix_tokens, tokens.places.shape[1]
+    terms: dict[str, tuple[float, Tensor]] = {}
+    with autocast(config, x.device):
+        logits = both.float_snapshot(x)
+        if both.quant_snapshot is not None:
+            both.quant_snapshot(x)
+    if config.class_weight > 0 and geometry.num_classes > 0:
+        terms["class"] = config.class_weight, objectives.class_loss(logits.float(), labels)
+    if config.tv_weight > 0:
+        norm = objectives.total_variation if config.tv_norm == "l2" else objectives.total_variation_l1
+        terms["tv"] = config.tv_weight, norm(images)
+
+    def seen(kind: AttentionKind) -> list[Tensor]:
+        return _attention(both.seen_by_float, kind, geometry, both.float_snapshot)
+
+    if config.head_weight > 0:
+        rows = None if draws.head_rows is None else draws.head_rows.to(x.device)
+        terms["head"] = config.head_weight, objectives.head_coherence_loss(seen(config.head_attention), prefix, rows)
+    if config.entropy_weight > 0:
+        rows = None if draws.entropy_rows is None else draws.entropy_rows.to(x.device)
+        terms["entropy"] = config.entropy_weight, objectives.entropy_loss(seen(config.entropy_attention), prefix, rows)
+    if both.quant_snapshot is not None:
+        share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
+        mask, float_rows = informative(both.seen_by_float, geometry, config, both.float_snapshot, min(1.0, share))
+        mask = masks.drop_at_random(mask, config.mask_drop, draws.dropping[..., part, :])
+        quant_rows = received(both.seen_by_quant, config.align_attention, geometry, both.quant_snapshot)
+        terms["align"] = config.align_weight, objectives.masked_alignment_loss(float_rows, quant_rows, mask)
+    return terms
+
+
+def _rows(count: int | None, patches: int, generator: torch.Generator) -> Tensor | None:
+    """``count`` of the patches drawn at random, indices; None for all."""
+    if count is None or count >= patches:
+        return None
+    return torch.randperm(patches, generator=generator)[:count]
+
+
+def informative(
+    record: AttentionRecord, geometry: Geometry, config: SynthesisConfig, model: nn.Module, share: float
+) -> tuple[Tensor, Tensor]:
+    """The informative patches by the float model, and the rows that alignment compares, ``(layers, batch, patches)``."""
+    rows = received(record, config.align_attention, geometry, model)
+    if not config.mask_enabled:
+        return torch.ones_like(rows[0], dtype=torch.bool), rows
+    seen = rows.detach()
+    if config.mask_attention != config.align_attention:
+        seen = received(record, config.mask_attention, geometry, model).detach()
+    return masks.informative_mask(seen if config.mask_per_layer else seen.mean(dim=0), share), rows
+
+
+def received(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> Tensor:
+    """The attention that each patch received, ``(layers, batch, patches)``."""
+    attention = _attention(record, kind, geometry, model)
+    return masks.received_attention(attention, geometry.prefix_tokens, geometry.class_token)
+
+
+def _attention(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> list[Tensor]:
+    """The recorded attention of the kind a term asks for."""
+    if kind == "probabilities":
+        return record.probabilities
+    if kind == "logits":
+        return record.logits
+    scales = [module.scale for module in model.modules() if hasattr(module, "logits") and hasattr(module, "scale")]
+    return [logits / scale for logits, scale in zip(record.logits, scales, strict=True)]
+
+
+def tap_points(config: SynthesisConfig) -> tuple:
+    kinds = (config.head_attention, config.entropy_attention, config.align_attention, config.mask_attention)
+    points = ["probabilities"] if "probabilities" in kinds else []
+    return (*points, "logits") if any(kind != "probabilities" for kind in kinds) else tuple(points)
+
+
+def autocast(config: SynthesisConfig, device: torch.device):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
