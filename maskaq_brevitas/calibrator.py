@@ -25,8 +25,9 @@ from maskaq_brevitas.config import (
     resolve_scheme,
     to_mapping,
 )
-from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.errors import ConfigurationError, InputError, ModelError, RunDirectoryError, SkippedLayerWarning
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
+from maskaq_brevitas.models.token_choice import check_token_choice
 from maskaq_brevitas.progress import bars, random_stream, stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
@@ -78,7 +79,8 @@ class DataFreeCalibrator(DataLoader):
     Raises:
         ConfigurationError: unknown scheme or pattern, or a loader argument that would break the contract.
         InputError: if ``num_images`` is below 1.
-        ModelError: if the model has no known attention.
+        ModelError: if the model has no known attention, its family is refused, or needs all of its tokens and
+            ``kept_tokens`` says otherwise.
 
     Example:
         >>> from maskaq_brevitas import DataFreeCalibrator, load_model
@@ -125,7 +127,9 @@ class DataFreeCalibrator(DataLoader):
         synthesis = synthesis or SynthesisConfig(steps=work.steps, procedural_share=work.procedural_share)
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
-        self.tuning = _tunings(work.tuning if tuning is None else tuning)
+        self.tuning = _tunings(_fitting(work.tuning, float_model) if tuning is None else tuning)
+        if synthesis.kept_tokens < 1 or any(getattr(config, "kept_tokens", 1) < 1 for config in self.tuning):
+            check_token_choice(float_model)
         self.seed = seed
         self.device = torch.device(device) if device is not None else next(float_model.parameters()).device
         self.progress = progress
@@ -543,6 +547,15 @@ def _tunings(tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple[Tuni
         if type(config) not in _KINDS:
             raise ConfigurationError(f"tuning: expected DistillConfig or ReconstructConfig, got {config!r}.")
     return found
+
+
+def _fitting(tuning: DistillConfig | None, model: nn.Module) -> DistillConfig | None:
+    """The tuning of an effort, with all tokens where the model needs all."""
+    try:
+        check_token_choice(model)
+    except ModelError:
+        return None if tuning is None else replace(tuning, kept_tokens=1.0)
+    return tuning
 
 
 def _described(tunings: tuple[TuningConfig, ...]) -> dict[str, Any]:

@@ -25,17 +25,19 @@ from maskaq_brevitas.errors import (
 from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measure_accuracy, labelled_folder
 from maskaq_brevitas.export import QonnxCheck, QonnxModel, export_qonnx, verify_qonnx
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.models.families import FAMILIES
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
 from maskaq_brevitas.options import read_saved, to_yaml
 from maskaq_brevitas.progress import bars
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
+from maskaq_brevitas.support import check_support, recorded_support, refusals
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
-__all__ = ["evaluate", "export", "quantize", "sensitivity"]
+__all__ = ["evaluate", "export", "models", "quantize", "sensitivity"]
 
 _SPLIT_SEED = 2_000_003
 
@@ -163,6 +165,30 @@ def sensitivity(options: Namespace) -> None:
         [options.by, "quantizers", "KL divergence from float [nats]", "equal top-1 [%]"],
         [[entry.name, entry.places, f"{entry.divergence:.4f}", f"{100 * entry.agreement:.1f}"] for entry in found],
     ))  # fmt: skip
+
+
+def models(options: Namespace) -> None:
+    """Print what works for each architecture family.
+
+    Raises:
+        ConfigurationError: if no family or example has the text in its name.
+    """
+    rows = recorded_support()
+    wanted = (options.family or "").lower()
+    rows = [row for row in rows if wanted in row.family.lower() or wanted in row.example.lower()]
+    if not rows:
+        known = ", ".join(dict.fromkeys(row.family for row in recorded_support()))
+        raise ConfigurationError(f"Expected a text that is part of a family's name ({known}), got {options.family!r}.")
+    if options.check:
+        families = {family.name: family for family in FAMILIES}
+        rows = [check_support(families[row.family], row.example).row for row in rows]
+    titles = ["family", "example", "swapped", "MACs quantized", "taps", "FX", "QONNX", "ONNX Runtime"]
+    print(text_table(titles, [list(vars(row).values()) for row in rows], right=()))
+    print("\nMeasured on small models of these architectures, with random weights.")
+    if not wanted:
+        print("Known, and refused:")
+        for reason in refusals():
+            print(f"- {reason}")
 
 
 def _resolve_paths(options: Namespace) -> None:

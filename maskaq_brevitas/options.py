@@ -23,8 +23,11 @@ COMMANDS = {
     "evaluate": "accuracy of the float and the quantized model of a run, on labelled images",
     "sensitivity": "what each kind of quantizer of a run costs by itself, measured on its synthetic images",
     "export": "write the quantized model of a run as a file for other tools, and check the file by executing it",
+    "models": "the architecture families that are known, and what works for each",
 }
 
+#: What follows the name of a command, if it is no RUN.
+_ARGUMENTS = {"quantize": "MODEL", "models": "[FAMILY]"}
 #: Configuration classes that appear as ``--PREFIX.KEY``, and the keys that have a short option instead.
 _SECTIONS = {
     "synthesis": (SynthesisConfig, {"steps", "batch_size"}),
@@ -114,7 +117,7 @@ def to_yaml(options: argparse.Namespace) -> str:
 def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
     """The parser of one command, and its options by their name in YAML."""
     parser = _Parser(
-        prog=f"maskaq {command}", usage=f"maskaq {command} {'MODEL' if command == 'quantize' else 'RUN'} [options]",
+        prog=f"maskaq {command}", usage=f"maskaq {command} {_ARGUMENTS.get(command, 'RUN')} [options]",
         description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
         formatter_class=_Help, allow_abbrev=False,
     )  # fmt: skip
@@ -125,7 +128,7 @@ def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, ar
         actions[action.dest] = action
 
     {"quantize": _add_quantize, "evaluate": _add_evaluate, "export": _add_export,
-     "sensitivity": _add_sensitivity}[command](parser, add)
+     "sensitivity": _add_sensitivity, "models": _add_models}[command](parser, add)
     return parser, actions
 
 
@@ -208,6 +211,12 @@ def _add_sensitivity(parser: argparse.ArgumentParser, add: Callable[..., None]) 
     add("--images", type=int, default=32, metavar="N", help="synthetic images to measure on")
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--quiet", action="store_true", help="no progress; only the final table")
+
+
+def _add_models(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("family", nargs="?", metavar="FAMILY", help="only families whose name or example contains this text")
+    add("--check", action="store_true", help="measure the rows again on small models with random weights, instead of "
+        "printing those of the last measurement; about ten seconds per row")  # fmt: skip
 
 
 def _add_export(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:

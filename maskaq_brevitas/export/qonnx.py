@@ -208,6 +208,10 @@ def _clean(proto: Any, dynamic: bool) -> Any:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
+    # qonnx folds constants by the first operator set in the list, which has to be that of ONNX itself.
+    imports = sorted(proto.opset_import, key=lambda entry: entry.domain != "")
+    del proto.opset_import[:]
+    proto.opset_import.extend(imports)
     try:
         if not dynamic:
             return cleanup_model(ModelWrapper(proto))

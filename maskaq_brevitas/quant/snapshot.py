@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_modules, explicit_form
+from maskaq_brevitas.models.families import attention_modules, write_out
 
 __all__ = ["FakeQuantize", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
 
@@ -107,9 +107,8 @@ def frozen_snapshot(quant_model: nn.Module) -> nn.Module:
 def float_snapshot(float_model: nn.Module) -> nn.Module:
     """A frozen copy of a float model whose attention is written out, in evaluation mode, without gradients."""
     snapshot = copy.deepcopy(float_model).eval().requires_grad_(False)
-    for name, module in attention_modules(snapshot).items():
-        parent, _, child = name.rpartition(".")
-        setattr(snapshot.get_submodule(parent), child, explicit_form(module))
+    attention_modules(snapshot)  # refuses a model without
+    write_out(snapshot)
     return snapshot.eval()
 
 

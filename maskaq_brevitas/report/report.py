@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.report.figures import (
     Cost,
@@ -65,7 +66,8 @@ class Report:
         title: model and scheme.
         places: every quantized layer and operand, in the model's order.
         cost: totals.
-        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held back"``).
+        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held back"``); of a model
+            without classes the mean cosine similarity of its features to the float model's.
         accuracy: rows on labelled data, if there was any.
         details: everything else as plain values: skipped layers, notes, equalised places, range factors, redrawn
             images, refreshes, export and its check, configuration, stages.
@@ -136,7 +138,8 @@ class Report:
         yield f"- {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} GMACs per image"
         yield f"- share of MACs that runs quantized: {cost.macs_quantized / cost.macs:.2%}"
         for name, share in self.agreement.items():
-            yield f"- top-1 equal to the float model on the {name} images: {share:.2%}"
+            kind = "cosine similarity of the features with" if details["features"] else "top-1 equal to"
+            yield f"- {kind} the float model on the {name} images: {share:.2%}"
         for note in details["notes"]:
             yield f"- {note}"
         if details["qonnx"]:
@@ -215,6 +218,7 @@ def make_report(
         accuracy=tuple(rows or ()),
         details={
             "notes": list(_notes(calibrator)),
+            "features": not has_classes(calibrator.float_model),
             "skipped_layers": [dataclasses.asdict(layer) for layer in _skipped(calibrator)],
             "float_by_design": _FLOAT_BY_DESIGN,
             "equalized_places": [
@@ -239,6 +243,9 @@ def _batches(calibrator: DataFreeCalibrator, pool: SyntheticImages) -> Iterator[
 
 
 def _agreement(floating: nn.Module, quantized: nn.Module, batches: Iterable[Tensor]) -> float:
+    if not has_classes(floating):
+        pairs = [(floating(images).flatten(1), quantized(images).flatten(1)) for images in batches]
+        return float(torch.cat([torch.cosine_similarity(p, q, dim=1) for p, q in pairs]).double().mean())
     equal = [floating(images).argmax(-1) == quantized(images).argmax(-1) for images in batches]
     return float(torch.cat(equal).double().mean())
 

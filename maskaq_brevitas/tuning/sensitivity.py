@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.snapshot import FakeQuantize, frozen_snapshot
-from maskaq_brevitas.tuning.losses import temperature_divergence
+from maskaq_brevitas.tuning.losses import output_divergence
 
 __all__ = ["Sensitivity", "Switches", "place_blocks", "place_kinds", "place_layers", "sensitivity"]
 
@@ -23,7 +24,7 @@ class Sensitivity:
         name: of the group.
         places: how many quantizers it has.
         divergence: KL divergence of the float model's output from that of the model with only this group quantized, in
-            nats, mean over images.
+            nats, mean over images; of a model without classes, the relative squared error of its features.
         agreement: share of images with the float model's top-1, 0-1.
     """
 
@@ -82,7 +83,7 @@ def place_kinds(names: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         parts = [part for part in name.split(".") if not part.isdigit()]
-        kind = ".".join(parts[1:] if parts[0] == "blocks" else parts)
+        kind = ".".join(parts[parts.index("blocks") + 1 :] if "blocks" in parts else parts)
         for suffix in ("weight", "input"):
             kind = kind.replace(f".{suffix}", f" {suffix}")
         groups.setdefault(kind, []).append(name)
@@ -102,7 +103,8 @@ def place_blocks(names: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
-        key = ".".join(parts[:2]) if parts[0] == "blocks" else name.rpartition(".")[0]
+        inside = parts.index("blocks") + 2 if "blocks" in parts else 0  # stages hold their blocks in Swin
+        key = ".".join(parts[:inside]) or name.rpartition(".")[0]
         groups.setdefault(key, []).append(name)
     return groups
 
@@ -142,7 +144,7 @@ def sensitivity(
         switches.set(set(switches.names).difference(members) if inverted else members)
         output = torch.cat([switches.model(images) for images in batches])
         found.append(Sensitivity(
-            name=name, places=len(members), divergence=float(temperature_divergence(targets, output, 1.0)),
+            name=name, places=len(members), divergence=float(output_divergence(targets, output, has_classes(float_snapshot), 1.0)),
             agreement=float((output.argmax(-1) == targets.argmax(-1)).float().mean()),
         ))  # fmt: skip
         if on_group is not None:
