@@ -1,7 +1,7 @@
 """The registry of architecture families, and what the rest of the package asks it.
 
-Adding a family is one file with a :class:`~maskaq_brevitas.models.family.Family`, and one line in :data:`FAMILIES` (or a
-call of :func:`register_family` from outside of the package).
+Adding a family is one file with a :class:`~maskaq_brevitas.models.family.Family`, and its registration here (or a call of
+:func:`register_family` from outside of the package).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ EXPLICIT_FORMS: dict[type[nn.Module], Callable[[nn.Module], ExplicitAttention]] 
 #: Modules of models that are known and refused, and why.
 REFUSED: dict[type[nn.Module], str] = {
     XCA: "XCiT: its attention runs over channels, not over patches, so there are no attention maps for the objective",
-    MobileVitBlock: "MobileViT: its attention sees every n-th pixel of a feature map between convolutions, which is not "
-    "mapped back to the image yet",
+    MobileVitBlock: "MobileViT: its attention sees every n-th pixel of a feature map between convolutions, which is "
+    "not mapped back to the image",
     MobileVitV2Block: "MobileViTv2: its linear attention has no map of patches to patches",
 }
 

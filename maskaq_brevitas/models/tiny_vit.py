@@ -1,4 +1,4 @@
-"""timm's TinyViT: convolutions first, then attention inside windows with a position bias and a convolution behind it."""
+"""timm's TinyViT: convolutions first, then attention inside windows with a position bias, and a convolution behind it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _input_size(model: nn.Module) -> tuple[int, int]:
 
 def _grids(model: nn.Module) -> list[tuple[int, int]]:
     """Of each stage; every convolution with a stride halves the grid."""
-    rows, columns = (-(-(-(-side // 2)) // 2) for side in _input_size(model))
+    rows, columns = (-(-side // 4) for side in _input_size(model))
     grids = [(rows, columns)]
     for _ in range(len(model.stages) - 1):
         rows, columns = -(-rows // 2), -(-columns // 2)
