@@ -25,13 +25,16 @@ from maskaq_brevitas.errors import (
 from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measure_accuracy, labelled_folder
 from maskaq_brevitas.export import QonnxCheck, QonnxModel, export_qonnx, verify_qonnx
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
 from maskaq_brevitas.options import read_saved, to_yaml
 from maskaq_brevitas.progress import bars
+from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
 from maskaq_brevitas.synthesis.augment import pixel_noise
+from maskaq_brevitas.synthesis.memory import auto_batch_size
 from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
@@ -56,12 +59,17 @@ def quantize(options: Namespace) -> None:
     """
     out, mode = Path(options.out), "overwrite" if options.overwrite else "resume" if options.resume else "new"
     _resolve_paths(options)
+    automatic = options.batch_size == "auto"
+    options.batch_size = 16 if automatic else options.batch_size
     calibration = _calibrator_options(options)
     if not options.no_export:
         require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
     if mode == "new" and out.exists() and (out.is_file() or any(out.iterdir())):
         RunDirectory(out, {}, mode)  # says why it is refused
     model = load_model(options.model, checkpoint=options.checkpoint)
+    if automatic:
+        options.batch_size = _fitting_batch(model, calibration["device"])
+        calibration = _calibrator_options(options)
     calibrator = DataFreeCalibrator(model, **calibration)
     if mode == "resume" and out.is_dir():
         calibrator.run = RunDirectory(out, calibrator.identity(), mode)  # another configuration is refused at once
@@ -209,6 +217,11 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
         device=_device(options.device),
         progress=not options.quiet,
     )
+
+
+def _fitting_batch(model: nn.Module, device: torch.device) -> int:
+    image = torch.zeros(1, *read_geometry(model).input_size, device=device)
+    return auto_batch_size(float_snapshot(model).to(device), image)
 
 
 def _device(name: str) -> torch.device:
