@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,13 @@ def sensitivity(options: Namespace) -> None:
     images = calibrator.pool.images()[: options.images].to(calibrator.device)
     names = Switches(calibrator.quant_model).names
     group = {"kind": place_kinds, "layer": place_layers, "block": place_blocks}[options.by]
-    groups = {**group(names), "all": names}
+    groups: dict[str, Sequence[str]] = {**group(names), "none": (), "all": names}
     with bars(not options.quiet)(len(groups), "Measuring") as bar:
         found = measure_sensitivity(
             calibrator.quant_model, calibrator.maker.float_snapshot, images.split(saved.batch_size), groups,
             on_group=lambda _: bar.update(),
         )  # fmt: skip
-    found = [*sorted(found[:-1], key=lambda entry: -entry.divergence), found[-1]]
+    found = [*sorted(found[:-2], key=lambda entry: -entry.divergence), *found[-2:]]
     print(f"{saved.model}, {saved.scheme}: one {options.by} quantized, all else in float, {len(images)} synthetic images\n")
     print(text_table(
         [options.by, "quantizers", "KL divergence from float [nats]", "equal top-1 [%]"],

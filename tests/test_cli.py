@@ -112,8 +112,9 @@ def test_sensitivity_prints_every_kind_most_costly_first(short_run, capsys):
     assert lines[0] == "digits_vit, w4a4: one kind quantized, all else in float, 4 synthetic images"
     rows = [line.rsplit(maxsplit=3) for line in lines[3:] if line.strip() and not set(line) <= {"-", " "}]
     assert {"mlp.fc2 input", "attn.probabilities", "attn.qkv weight"} < {row[0].strip() for row in rows}
-    assert rows[-1][0].strip() == "all"
-    costs = [float(row[2]) for row in rows[:-1]]
+    assert [row[0].strip() for row in rows[-2:]] == ["none", "all"]
+    assert float(rows[-2][2]) < 1e-3 < float(rows[-1][2])
+    costs = [float(row[2]) for row in rows[:-2]]
     assert costs == sorted(costs, reverse=True) and costs[0] > 0
     assert cli.main(["sensitivity", str(short_run), "--images", "0"]) == 2
     assert "--images: expected a whole number >= 1, got 0" in capsys.readouterr().err
