@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,17 @@ from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measu
 from maskaq_brevitas.export import QonnxCheck, QonnxModel, export_qonnx, verify_qonnx
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.models.families import FAMILIES
+from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
 from maskaq_brevitas.options import read_saved, to_yaml
 from maskaq_brevitas.progress import bars
+from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
 from maskaq_brevitas.support import check_support, recorded_support, refusals
 from maskaq_brevitas.synthesis.augment import pixel_noise
+from maskaq_brevitas.synthesis.memory import auto_batch_size
 from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
@@ -58,12 +62,17 @@ def quantize(options: Namespace) -> None:
     """
     out, mode = Path(options.out), "overwrite" if options.overwrite else "resume" if options.resume else "new"
     _resolve_paths(options)
+    automatic = options.batch_size == "auto"
+    options.batch_size = 16 if automatic else options.batch_size
     calibration = _calibrator_options(options)
     if not options.no_export:
         require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
     if mode == "new" and out.exists() and (out.is_file() or any(out.iterdir())):
         RunDirectory(out, {}, mode)  # says why it is refused
     model = load_model(options.model, checkpoint=options.checkpoint)
+    if automatic:
+        options.batch_size = _fitting_batch(model, calibration["device"])
+        calibration = _calibrator_options(options)
     calibrator = DataFreeCalibrator(model, **calibration)
     if mode == "resume" and out.is_dir():
         calibrator.run = RunDirectory(out, calibrator.identity(), mode)  # another configuration is refused at once
@@ -153,13 +162,13 @@ def sensitivity(options: Namespace) -> None:
     images = calibrator.pool.images()[: options.images].to(calibrator.device)
     names = Switches(calibrator.quant_model).names
     group = {"kind": place_kinds, "layer": place_layers, "block": place_blocks}[options.by]
-    groups = {**group(names), "all": names}
+    groups: dict[str, Sequence[str]] = {**group(names), "none": (), "all": names}
     with bars(not options.quiet)(len(groups), "Measuring") as bar:
         found = measure_sensitivity(
             calibrator.quant_model, calibrator.maker.float_snapshot, images.split(saved.batch_size), groups,
             on_group=lambda _: bar.update(),
         )  # fmt: skip
-    found = [*sorted(found[:-1], key=lambda entry: -entry.divergence), found[-1]]
+    found = [*sorted(found[:-2], key=lambda entry: -entry.divergence), *found[-2:]]
     print(f"{saved.model}, {saved.scheme}: one {options.by} quantized, all else in float, {len(images)} synthetic images\n")
     print(text_table(
         [options.by, "quantizers", "KL divergence from float [nats]", "equal top-1 [%]"],
@@ -235,6 +244,11 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
         device=_device(options.device),
         progress=not options.quiet,
     )
+
+
+def _fitting_batch(model: nn.Module, device: torch.device) -> int:
+    image = torch.zeros(1, *read_geometry(model).input_size, device=device)
+    return auto_batch_size(float_snapshot(model).to(device), image)
 
 
 def _device(name: str) -> torch.device:

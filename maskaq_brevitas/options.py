@@ -149,7 +149,8 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
         "on two cores (ViT-Tiny)")  # fmt: skip
     add("--images", type=int, default=64, metavar="N", help="synthetic images")
     add("--steps", type=int, default=SynthesisConfig.steps, metavar="N", help="iterations of synthesis per batch")
-    add("--batch-size", type=int, default=16, metavar="N", help="images per batch, in synthesis and calibration")
+    add("--batch-size", type=_count_or_auto, default=16, metavar="N|auto",
+        help="images per batch, in synthesis and calibration; auto: by the device and its free memory")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--tune", choices=("none", "reconstruct", "distill", "reconstruct+distill"), default="none",
@@ -314,6 +315,13 @@ def _optional(kind: type) -> Callable[[str], Any]:
 
     convert.__name__ = f"{kind.__name__} or none"  # argparse names it in its message
     return convert
+
+
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_count_or_auto.__name__ = "whole number or auto"
 
 
 def _boolean(text: str) -> bool:

@@ -37,6 +37,13 @@ def _files(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
+def test_automatic_batch_size_is_saved_as_a_number(tmp_path):
+    out = tmp_path / "run"
+    assert quantize(out, "--batch-size", "auto", "--eval-limit", "1") == 0
+    assert parse("quantize", ["--config", str(out / "config.yaml")]).batch_size == 16
+    assert '"batch_size": 16' in (out / "run.json").read_text()
+
+
 @pytest.mark.heavy
 def test_the_main_job(tmp_path, capsys):
     out = tmp_path / "run"
@@ -105,8 +112,9 @@ def test_sensitivity_prints_every_kind_most_costly_first(short_run, capsys):
     assert lines[0] == "digits_vit, w4a4: one kind quantized, all else in float, 4 synthetic images"
     rows = [line.rsplit(maxsplit=3) for line in lines[3:] if line.strip() and not set(line) <= {"-", " "}]
     assert {"mlp.fc2 input", "attn.probabilities", "attn.qkv weight"} < {row[0].strip() for row in rows}
-    assert rows[-1][0].strip() == "all"
-    costs = [float(row[2]) for row in rows[:-1]]
+    assert [row[0].strip() for row in rows[-2:]] == ["none", "all"]
+    assert float(rows[-2][2]) < 1e-3 < float(rows[-1][2])
+    costs = [float(row[2]) for row in rows[:-2]]
     assert costs == sorted(costs, reverse=True) and costs[0] > 0
     assert cli.main(["sensitivity", str(short_run), "--images", "0"]) == 2
     assert "--images: expected a whole number >= 1, got 0" in capsys.readouterr().err
@@ -201,6 +209,7 @@ def _bad_inputs(folder):
         "images": (["digits_vit", "--images", "0"], "--images: expected a whole number >= 1, got 0"),
         "steps": (["digits_vit", "--steps", "0"], "steps: expected a whole number >= 1, got 0"),
         "batch": (["digits_vit", "--batch-size", "0"], "batch_size: expected a whole number >= 1, got 0"),
+        "batch text": (["digits_vit", "--batch-size", "many"], "invalid whole number or auto value: 'many'"),
         "limit": (["digits_vit", "--eval-limit", "0"], "--eval-limit: expected a whole number >= 1, got 0"),
         "number": (["digits_vit", "--images", "x"], "argument --images: invalid int value: 'x'"),
         "option": (["digits_vit", "--imagess", "3"], "unrecognized arguments: --imagess 3"),
