@@ -1,4 +1,4 @@
-"""Does a QONNX file compute what the PyTorch model computes?
+"""Does a QONNX or QCDQ file compute what the PyTorch model computes?
 
 Comparing logits alone does not answer this. Two correct runs differ by float rounding (about 1e-7), now and then such a
 difference crosses a rounding tie of a quantizer, and one step of a low-bit quantizer grows over the following layers to
@@ -12,6 +12,7 @@ the file, and the first place where it shows is its name.
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,13 @@ from maskaq_brevitas.export.execute import execute
 from maskaq_brevitas.export.execute import execute_in_step
 from maskaq_brevitas.export.execute import load_for_batch
 from maskaq_brevitas.export.execute import whole_batches
+from maskaq_brevitas.export.execute_qcdq import load_qcdq
+from maskaq_brevitas.export.execute_qcdq import qcdq_in_step
+from maskaq_brevitas.export.execute_qcdq import qcdq_session
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
 
-__all__ = ["QonnxCheck", "verify_qonnx"]
+__all__ = ["QonnxCheck", "verify_qcdq", "verify_qonnx"]
 
 #: Most images to execute in step with PyTorch, those with the largest difference first.
 _IN_STEP_IMAGES = 4
@@ -38,7 +42,7 @@ _IN_STEP_IMAGES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class QonnxCheck:
-    """A QONNX file against the PyTorch model.
+    """A QONNX or QCDQ file against the PyTorch model.
 
     Attributes:
         images: number of images compared.
@@ -92,29 +96,89 @@ def verify_qonnx(
         MissingExtraError: onnx, onnxruntime or qonnx is not installed.
         ExportError: the file cannot be read or executed, or does not pass; then the first diverging node is named.
     """
+    require("onnx", "onnxruntime", "qonnx")
+    images = _checked(images)
+    with quiet():
+        graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(DYNAMIC_BATCH, len(images)))
+        return _verify(
+            path, quant_model, images, batch, tolerance, raise_on_mismatch,
+            run=lambda chunk: execute(graph, chunk),
+            run_in_step=lambda model, chunk: execute_in_step(graph, model, chunk, tolerance),
+        )  # fmt: skip
+
+
+def verify_qcdq(
+    path: str | os.PathLike[str],
+    quant_model: nn.Module,
+    images: Tensor,
+    *,
+    tolerance: float = 1e-4,
+    raise_on_mismatch: bool = True,
+) -> QonnxCheck:
+    """Execute a QCDQ file in ONNX Runtime and compare it with the PyTorch model it was exported from.
+
+    Arguments, verdict and errors are those of :func:`verify_qonnx`; the stored integers of the weights are compared too.
+
+    Args:
+        path: a file written by :func:`maskaq_brevitas.export.export_qcdq`.
+        quant_model: takes images, gives logits ``(batch, classes)``; it is copied.
+        images: ``(images, channels, height, width)``, normalised as for the model.
+        tolerance: largest difference, relative to the largest absolute value of the compared tensor.
+        raise_on_mismatch: raise where the file does not pass; otherwise the result says so.
+
+    Raises:
+        InputError: the images do not fit the file.
+        MissingExtraError: onnx or onnxruntime is not installed.
+        ExportError: the file cannot be read or executed, or does not pass; then the first diverging node is named.
+    """
+    require("onnx", "onnxruntime")
+    images = _checked(images)
+    with quiet():
+        proto, batch = load_qcdq(path, tuple(images.shape[1:]))
+        session = qcdq_session(proto)
+        name = session.get_inputs()[0].name
+        return _verify(
+            path, quant_model, images, batch, tolerance, raise_on_mismatch,
+            run=lambda chunk: torch.from_numpy(session.run(None, {name: chunk.numpy()})[0]),
+            run_in_step=lambda model, chunk: qcdq_in_step(proto, model, chunk, tolerance),
+        )  # fmt: skip
+
+
+def _checked(images: Tensor) -> Tensor:
     if images.ndim != 4 or not len(images):
         raise InputError(
             f"images: expected (images, channels, height, width), at least one, got {tuple(images.shape)}. "
             "Add the first dimension to a single image."
         )
-    require("onnx", "onnxruntime", "qonnx")
-    images = images.detach().to("cpu", torch.float32)
+    return images.detach().to("cpu", torch.float32)
+
+
+def _verify(
+    path: str | os.PathLike[str],
+    quant_model: nn.Module,
+    images: Tensor,
+    batch: int,
+    tolerance: float,
+    raise_on_mismatch: bool,
+    *,
+    run: Callable[[Tensor], Tensor],
+    run_in_step: Callable[[nn.Module, Tensor], InStep],
+) -> QonnxCheck:
+    """The comparison, with the file executed by the functions given, ``batch`` images at a time."""
     model = copy.deepcopy(quant_model).cpu().float().eval()
-    with quiet():
-        graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(DYNAMIC_BATCH, len(images)))
-        expected = _logits(model, images, batch)
-        found = torch.cat([execute(graph, chunk) for chunk in whole_batches(images, batch)])[: len(images)]
-        _check_shapes(expected, found)
-        per_image = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
-        # Not "per_image > tolerance": NaN has to count as different.
-        differing = int((~(per_image <= tolerance)).sum())
-        # At least one image in step also where all agree: quantizers behind a wrong weight may have swallowed it.
-        worst = per_image.nan_to_num(torch.inf).argsort(descending=True)[: min(max(differing, 1), _IN_STEP_IMAGES)]
-        steps: list[InStep] = []
-        for chunk in whole_batches(images[worst], batch):
-            steps.append(execute_in_step(graph, model, chunk, tolerance))
-            if steps[-1].failure:
-                break
+    expected = _logits(model, images, batch)
+    found = torch.cat([run(chunk) for chunk in whole_batches(images, batch)])[: len(images)]
+    _check_shapes(expected, found)
+    per_image = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
+    # Not "per_image > tolerance": NaN has to count as different.
+    differing = int((~(per_image <= tolerance)).sum())
+    # At least one image in step also where all agree: quantizers behind a wrong weight may have swallowed it.
+    worst = per_image.nan_to_num(torch.inf).argsort(descending=True)[: min(max(differing, 1), _IN_STEP_IMAGES)]
+    steps: list[InStep] = []
+    for chunk in whole_batches(images[worst], batch):
+        steps.append(run_in_step(model, chunk))
+        if steps[-1].failure:
+            break
 
     failure = steps[-1].failure
     if failure:
