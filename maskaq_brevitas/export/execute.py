@@ -46,9 +46,9 @@ DYNAMIC_BATCH = 4
 
 @dataclass(frozen=True)
 class Failure:
-    """The first wrong node, and a sentence about it."""
+    """The first wrong node, if one is known, and a sentence about it."""
 
-    node: str
+    node: str | None
     message: str
 
 
@@ -62,13 +62,13 @@ class InStep:
     failure: Failure | None
 
 
-def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...], dynamic: int) -> tuple[Any, int]:
+def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...] | None, dynamic: int) -> tuple[Any, int]:
     """Read a QONNX file for execution.
 
     The executor needs all shapes as numbers, so a symbolic batch is replaced in memory; the file stays as it is.
 
     Args:
-        shape: (channels, height, width) of the images that will come.
+        shape: (channels, height, width) of the images that will come; None accepts the file's.
         dynamic: batch to give a file with a symbolic batch.
 
     Returns:
@@ -93,7 +93,7 @@ def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...], dynamic
             "Write it with export_qonnx."
         ) from error
     wanted = tuple(dimension.dim_value for dimension in dimensions[1:])
-    if wanted != shape:
+    if shape is not None and wanted != shape:
         raise InputError(f"images: expected (channels, height, width) {wanted} as in {path}, got {shape}.")
     if not batch.dim_param:
         return ModelWrapper(proto), batch.dim_value
