@@ -52,13 +52,20 @@ def model_card(path: str | os.PathLike[str]) -> ModelCard:
         ExportError: the file is not there or is no ONNX file.
     """
     require("onnx", "qonnx")
+    from qonnx.transformation.fold_constants import FoldConstantsFiltered
+    from qonnx.transformation.general import GiveUniqueParameterTensors
+    from qonnx.transformation.general import RemoveUnusedTensors
     from qonnx.transformation.infer_datatypes import InferDataTypes
+    from qonnx.transformation.infer_shapes import InferShapes
     from qonnx.util.inference_cost import inference_cost
 
+    types_of = InferDataTypes(allow_scaledint_dtypes=True)
     with quiet():
         graph, _ = load_for_batch(path, None, 1)
-        cost: dict[str, Any] = inference_cost(graph, discount_sparsity=False)["total_cost"]
-        typed = graph.transform(InferDataTypes(allow_scaledint_dtypes=True))
+        typed = graph.transform(InferShapes()).transform(GiveUniqueParameterTensors()).transform(types_of)
+        # What inference_cost would do itself, one constant at a time with all shapes inferred again after each: minutes.
+        folded = typed.transform(FoldConstantsFiltered(lambda *_: True)).transform(RemoveUnusedTensors()).transform(types_of)
+        cost: dict[str, Any] = inference_cost(folded, preprocess=False, discount_sparsity=False)["total_cost"]
     outputs = [(node, name) for node in typed.graph.node for name in node.output]
     types = {name: str(typed.get_tensor_datatype(name).name) for _, name in outputs}
     pairs = {

@@ -13,7 +13,7 @@ from torch import nn
 from maskaq_brevitas.errors import ExportError
 from maskaq_brevitas.export.brevitas_onnx import BATCH_DIMENSION
 from maskaq_brevitas.export.brevitas_onnx import checked_target
-from maskaq_brevitas.export.brevitas_onnx import count_quantizers
+from maskaq_brevitas.export.brevitas_onnx import enabled_quantizers
 from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import last_lines
 from maskaq_brevitas.export.brevitas_onnx import whole_file
@@ -125,11 +125,11 @@ def export_torch_program(
 
 
 def _is_integer_weight(node: Any) -> bool:
-    """Whether a TorchScript node is a stored weight or bias in integers; zero points are scalars or float."""
+    """Whether a TorchScript node is a weight stored in integers; zero points have one value per channel at most."""
     if node.kind() != "prim::Constant" or not node.hasAttribute("value") or node.kindOf("value") != "t":
         return False
     value = node.t("value")
-    return value.ndim > 0 and value.dtype in (torch.int8, torch.uint8, torch.int32)
+    return value.dtype in (torch.int8, torch.uint8) and value.ndim > 1 and value.numel() > len(value)
 
 
 def _export(
@@ -143,6 +143,8 @@ def _export(
     save: Callable[[Any, Path], None],
 ) -> TorchFile:
     """Build the artefact from a copy of the model, check its number of quantizers, and save it."""
+    from brevitas.proxy import BiasQuantProxyFromInjector
+
     target = checked_target(quant_model, path, input_shape, dynamic_batch, batch_size)
     # torch.export specialises a dynamic dimension of size 1 to a constant, hence two example images.
     example = torch.zeros((2 if dynamic_batch else batch_size, *input_shape))
@@ -155,7 +157,8 @@ def _export(
             f"The {title} export of {type(quant_model).__name__} with input {tuple(example.shape)} failed: "
             f"{type(error).__name__}: {last_lines(error)}. {advice}"
         ) from error
-    expected = count_quantizers(quant_model)
+    # A quantized bias is stored as it is, indistinguishable from a zero point.
+    expected = sum(not isinstance(each, BiasQuantProxyFromInjector) for each in enabled_quantizers(quant_model).values())
     if found < expected:
         raise ExportError(
             f"Expected the model's {expected} quantizers in the {title} graph, got {found}. The model's forward may never "
