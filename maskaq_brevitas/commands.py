@@ -24,7 +24,7 @@ from maskaq_brevitas.errors import (
     RunDirectoryError,
 )
 from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measure_accuracy, labelled_folder
-from maskaq_brevitas.export import QonnxCheck, QonnxModel, export_qonnx, verify_qonnx
+from maskaq_brevitas.export import FORMATS, ModelCard, QcdqModel, QonnxCheck, QonnxModel, model_card, write_card
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.models.families import FAMILIES
 from maskaq_brevitas.models.geometry import read_geometry
@@ -66,7 +66,7 @@ def quantize(options: Namespace) -> None:
     options.batch_size = 16 if automatic else options.batch_size
     calibration = _calibrator_options(options)
     if not options.no_export:
-        require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
+        require(*FORMATS[options.format].packages)
     if mode == "new" and out.exists() and (out.is_file() or any(out.iterdir())):
         RunDirectory(out, {}, mode)  # says why it is refused
     model = load_model(options.model, checkpoint=options.checkpoint)
@@ -90,19 +90,19 @@ def quantize(options: Namespace) -> None:
     if data.evaluation is not None:
         with calibrator.stage("evaluation and baselines"):
             rows += _compared_rows(calibrator, real, data, options)
-    check = failure = None
+    check = card = failure = None
     if not options.no_export:
         with calibrator.stage("export and check"):
             try:
-                check = _export(calibrator, out / "model.onnx", options.batch)
+                check, card = _export(calibrator, out / FORMATS[options.format].file_name, options.format, options.batch)
             except ExportError as error:  # the rest of the run is worth a report
                 failure = error
-    report = calibrator.report(rows=rows, qonnx_check=check, title=f"{options.model}, {options.scheme}")
+    report = calibrator.report(rows=rows, qonnx_check=check, model_card=card, title=f"{options.model}, {options.scheme}")
     try:
         report.save(out)
     except MissingExtraError as error:
         print(f"maskaq: warning: {out}/images.png is left out. {error}", file=sys.stderr)
-    _print_result(report, calibrator, check, out)
+    _print_result(report, calibrator, check, options.format, out)
     if failure is not None:
         raise failure
 
@@ -124,15 +124,28 @@ def evaluate(options: Namespace) -> None:
     models = {"float": calibrator.float_model, "quantized": calibrator.freeze()}
     if options.onnx is not None:
         require("onnx", "onnxruntime", "qonnx")
-        models["QONNX file"] = QonnxModel(options.onnx, calibrator.geometry.input_size)
+        models["ONNX file"] = _onnx_model(options.onnx, calibrator.geometry.input_size)
     found = {name: _measured(model, data, saved) for name, model in models.items()}
     print(f"{saved.model}, {saved.scheme}\n")
     print(text_table(
         ["model", "top-1 [%]", "images"], [[name, f"{row.top1:.2f}", row.images] for name, row in found.items()]
     ))  # fmt: skip
     if options.onnx is not None:
-        equal = found["QONNX file"].predictions == found["quantized"].predictions
-        print(f"\nQONNX file and quantized model: equal top-1 on {int(equal.sum())} of {len(equal)} images")
+        equal = found["ONNX file"].predictions == found["quantized"].predictions
+        print(f"\nONNX file and quantized model: equal top-1 on {int(equal.sum())} of {len(equal)} images")
+
+
+def _onnx_model(path: str, shape: tuple[int, ...]) -> nn.Module:
+    """A file as a module, executed by what its operators ask for: qonnx for Quant nodes, else ONNX Runtime."""
+    import onnx
+
+    try:
+        domains = {entry.domain for entry in onnx.load(path).opset_import}
+    except Exception as error:
+        raise ExportError(
+            f"Expected a QONNX or QCDQ file at {path}, got {type(error).__name__}: {error}. Write it with 'maskaq export'."
+        ) from error
+    return QonnxModel(path, shape) if any(domain.startswith("qonnx") for domain in domains) else QcdqModel(path, shape)
 
 
 def export(options: Namespace) -> None:
@@ -141,12 +154,14 @@ def export(options: Namespace) -> None:
     Raises:
         MaskAQError: for bad input, see the messages; ExportError if the file does not compute what the model computes.
     """
-    require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
+    require(*FORMATS[options.format].packages)
     saved = _saved_options(options, quiet=True)
     calibrator = _load_run(options.run, saved)
-    output = Path(options.output) if options.output is not None else Path(options.run) / "model.onnx"
-    check = _export(calibrator, output, options.batch)
+    output = Path(options.output or Path(options.run) / FORMATS[options.format].file_name)
+    check, card = _export(calibrator, output, options.format, options.batch)
     print(f"{output}\n{_check_line(check)}")
+    if card is not None:
+        print(f"{card.macs / 1e6:.1f} MMACs, {card.bops / 1e9:.3f} GBOPs, weights {card.weight_bits / 8e6:.3f} MB")
 
 
 def sensitivity(options: Namespace) -> None:
@@ -327,18 +342,26 @@ def _noise(calibrator: DataFreeCalibrator, count: int, seed: int) -> Tensor:
     return pixel_noise(shape, low, high, torch.Generator().manual_seed(_SPLIT_SEED + seed))
 
 
-def _export(calibrator: DataFreeCalibrator, path: Path, batch: str) -> QonnxCheck:
-    """Write the QONNX file and execute it on the held-back images; one that fails the check never gets its name."""
+def _export(
+    calibrator: DataFreeCalibrator, path: Path, kind: str, batch: str
+) -> tuple[QonnxCheck, ModelCard | None]:
+    """Write the file and execute it on the held-back images; one that fails the check never gets its name.
+
+    A QONNX file gets its card beside it.
+    """
     images = (calibrator.held_back or calibrator.pool).images()
     checks = []
 
     def write(aside: Path) -> None:
         shape = calibrator.geometry.input_size
-        export_qonnx(calibrator.quant_model, aside, input_shape=shape, dynamic_batch=batch == "dynamic")
-        checks.append(verify_qonnx(aside, calibrator.quant_model, images))
+        FORMATS[kind].export(calibrator.quant_model, aside, input_shape=shape, dynamic_batch=batch == "dynamic")
+        checks.append(FORMATS[kind].verify(aside, calibrator.quant_model, images))
 
     write_whole(path, write)
-    return checks[0]
+    card = model_card(path) if kind == "qonnx" else None
+    if card is not None:
+        write_card(card, path)
+    return checks[0], card
 
 
 def _saved_options(options: Namespace, *, quiet: bool = False) -> Namespace:
@@ -380,7 +403,9 @@ def _check_line(check: QonnxCheck) -> str:
     return text
 
 
-def _print_result(report: Report, calibrator: DataFreeCalibrator, check: QonnxCheck | None, out: Path) -> None:
+def _print_result(
+    report: Report, calibrator: DataFreeCalibrator, check: QonnxCheck | None, kind: str, out: Path
+) -> None:
     """The one table of the main job."""
     cost = report.cost
     rows: list[list[Any]] = [
@@ -393,7 +418,7 @@ def _print_result(report: Report, calibrator: DataFreeCalibrator, check: QonnxCh
     rows.append(["size", f"{cost.bytes_quantized / 1e6:.3f} MB", f"float32: {cost.bytes_float32 / 1e6:.3f} MB"])
     rows.append(["GBOPs per image", f"{cost.bops / 1e9:.3f}", f"float32: {cost.bops_float32 / 1e9:.3f}"])
     if check is not None:
-        rows.append(["QONNX check", "passed" if check.passed else "FAILED", _check_line(check).partition(": ")[2]])
+        rows.append([f"{FORMATS[kind].title} check", "passed" if check.passed else "FAILED", _check_line(check).partition(": ")[2]])
     titles = [report.title, "top-1" if report.accuracy else "", ""]
     print(text_table(titles, rows, right=(1,)))
     seconds = sum(stage["seconds"] for stage in calibrator.stages)

@@ -199,8 +199,8 @@ def _effort_values(name: str) -> dict[str, Any]:
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
     _add_evaluation_data(add, parser, "test split")
-    add("--onnx", metavar="FILE", help="a QONNX file of the run to evaluate as well, executed by qonnx (seconds per image; "
-        "limit them with --eval-limit)")  # fmt: skip
+    add("--onnx", metavar="FILE", help="an exported file of the run to evaluate as well: QCDQ by ONNX Runtime, QONNX by qonnx "
+        "(seconds per image; limit them with --eval-limit)")  # fmt: skip
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--quiet", action="store_true", help="no progress; only the final table")
 
@@ -223,7 +223,8 @@ def _add_models(parser: argparse.ArgumentParser, add: Callable[..., None]) -> No
 def _add_export(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
     _add_file_kind(add, parser)
-    add("--output", metavar="FILE", help="file to write, replaced if it exists; default: RUN/model.onnx")
+    add("--output", metavar="FILE", help="file to write, replaced if it exists; default: in RUN, model.onnx, "
+        "model.qcdq.onnx, model.qcdq.pt or model.pt2 by its format")  # fmt: skip
 
 
 def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> None:
@@ -234,7 +235,10 @@ def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> No
 
 
 def _add_file_kind(add: Callable[..., None], group: Any) -> None:
-    add("--format", group=group, choices=("qonnx",), default="qonnx", help="kind of file")
+    add("--format", group=group, choices=("qonnx", "qcdq", "torch-qcdq", "torch-export"), default="qonnx",
+        help="kind of file: qonnx (Brevitas' Quant nodes, with a card of its costs beside it), qcdq (ONNX "
+        "QuantizeLinear/DequantizeLinear with integer weights, for ONNX Runtime), torch-qcdq (TorchScript with int8 weights), "
+        "torch-export (torch.export, .pt2)")  # fmt: skip
     add("--batch", group=group, choices=("fixed", "dynamic"), default="fixed",
         help="first dimension of the file: 1 image, or any number")
 

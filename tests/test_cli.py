@@ -14,6 +14,8 @@ from PIL import Image
 
 from maskaq_brevitas import cli
 from maskaq_brevitas.config import EFFORTS, DistillConfig, ReconstructConfig, SynthesisConfig
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.export import FORMATS
 from maskaq_brevitas.options import parse, to_yaml
 from maskaq_brevitas.synthesis import maker
 
@@ -49,8 +51,8 @@ def test_the_main_job(tmp_path, capsys):
     out = tmp_path / "run"
     assert quantize(out, budget=TINY) == 0
     assert _files(out) == [
-        "config.yaml", "held_back.safetensors", "images.png", "images.safetensors", "model.onnx",
-        "quant_model.safetensors", "report.json", "report.md", "run.json",
+        "config.yaml", "held_back.safetensors", "images.png", "images.safetensors", "model.card.json",
+        "model.onnx", "quant_model.safetensors", "report.json", "report.md", "run.json",
     ]  # fmt: skip
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -63,6 +65,9 @@ def test_the_main_job(tmp_path, capsys):
     assert [row["calibration_images"] for row in report["accuracy"]] == [None, 4, 4, 4]
     assert report["accuracy"][0]["top1"] >= 90 and {row["images"] for row in report["accuracy"]} == {20}
     assert report["qonnx"]["passed"] and report["qonnx"]["top1_agreement"] == 1
+    card = json.loads((out / "model.card.json").read_text())
+    assert report["card"] == card and card["macs"] == report["cost"]["macs"] and card["bops"] == report["cost"]["bops"]
+    assert "## QONNX model card" in (out / "report.md").read_text()
 
     (out / "model.onnx").unlink()
     assert cli.main(["export", str(out), "--batch", "dynamic"]) == 0
@@ -100,10 +105,32 @@ def test_evaluate_executes_a_file_beside_the_model(short_run, tmp_path, capsys):
         assert cli.main(["evaluate", str(short_run), "--eval-limit", "10", "--quiet", "--onnx", str(file)]) == 0
         lines = capsys.readouterr().out.splitlines()
         accuracy = {line.split("  ")[0]: line.split()[-2:] for line in lines if line.endswith(" 10")}
-        assert accuracy["QONNX file"] == accuracy["quantized"]
-        assert lines[-1] == "QONNX file and quantized model: equal top-1 on 10 of 10 images"
+        assert accuracy["ONNX file"] == accuracy["quantized"]
+        assert lines[-1] == "ONNX file and quantized model: equal top-1 on 10 of 10 images"
     assert cli.main(["evaluate", str(short_run), "--onnx", str(tmp_path / "none.onnx"), "--quiet"]) != 0
-    assert "Expected a QONNX file at" in capsys.readouterr().err
+    assert "Expected a QONNX or QCDQ file at" in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", [name for name in FORMATS if name != "qonnx"])
+def test_export_writes_every_format(short_run, tmp_path, capsys, kind):
+    before = _files(short_run)
+    assert cli.main(["export", str(short_run), "--format", kind, "--batch", "dynamic"]) == 0
+    name = FORMATS[kind].file_name
+    assert f"{short_run / name}\npassed: executed on 8 images" in capsys.readouterr().out
+    assert _files(short_run) == sorted([*before, name])
+    if kind == "qcdq":
+        assert cli.main(["evaluate", str(short_run), "--eval-limit", "50", "--quiet", "--onnx", str(short_run / name)]) == 0
+        assert "equal top-1 on 50 of 50 images" in capsys.readouterr().out
+    (short_run / name).unlink()
+
+
+def test_every_format_is_an_option():
+    assert parse("export", ["run"]).format == "qonnx"
+    for kind in FORMATS:
+        assert parse("export", ["run", "--format", kind]).format == kind
+    with pytest.raises(ConfigurationError, match="invalid choice: 'onnx'"):
+        parse("export", ["run", "--format", "onnx"])
 
 
 def test_sensitivity_prints_every_kind_most_costly_first(short_run, capsys):

@@ -143,8 +143,11 @@ class Report:
         for note in details["notes"]:
             yield f"- {note}"
         if details["qonnx"]:
-            yield heading("QONNX check")
+            yield heading("Check of the exported file")
             yield "\n".join(f"- {key}: {value}" for key, value in details["qonnx"].items())
+        if details["card"]:
+            yield heading("QONNX model card")
+            yield from _card_lines(details["card"], table)
         yield heading("Quantized places")
         yield table(
             ["name", "type", "weight bits", "weight scale", "weight SQNR [dB]", "activation bits", "activation scale",
@@ -182,6 +185,7 @@ def make_report(
     *,
     rows: Iterable[AccuracyRow] | None = None,
     qonnx_check: Any | None = None,
+    model_card: Any | None = None,
     title: str | None = None,
 ) -> Report:
     """The report of a calibrated run. SQNRs are measured on the held-back images (on the pool if there are none).
@@ -189,7 +193,8 @@ def make_report(
     Args:
         calibrator: whose quant model is calibrated; it is left as it was.
         rows: accuracy on labelled data.
-        qonnx_check: a :class:`~maskaq_brevitas.export.verify.QonnxCheck`.
+        qonnx_check: a :class:`~maskaq_brevitas.export.verify.QonnxCheck` of the exported file.
+        model_card: a :class:`~maskaq_brevitas.export.card.ModelCard`, if it is a QONNX file.
         title: what the run is called; default: type of the model and scheme.
     """
     pool = calibrator.ensure_images()
@@ -231,11 +236,26 @@ def make_report(
             "history": calibrator.history,
             "best_epoch": getattr(calibrator, "best_epoch", None),
             "qonnx": check,
+            "card": None if model_card is None else dataclasses.asdict(model_card),
             "configuration": calibrator.identity(),
             "stages": calibrator.stages,
         },
         pictures=pool,
     )
+
+
+def _card_lines(card: dict[str, Any], table) -> Iterator[str]:
+    """Costs and data types as qonnx reads them from the file; the totals above are counted on the PyTorch model."""
+    yield table(["operands", "MMACs"], [[types, f"{count / 1e6:.3f}"] for types, count in card["macs_by_type"].items()])
+    yield ""
+    yield f"- {card['macs'] / 1e6:.3f} MMACs, {card['bops'] / 1e9:.3f} GBOPs per image (qonnx.util.inference_cost)"
+    yield f"- weights: {card['weights']:,}, {card['weight_bits'] / 8e6:.3f} MB"
+    yield f"- outputs of convolutions and matrix products: {card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    yield f"- operators that are not counted: {', '.join(card['uncounted']) or 'none'}"
+    counts = Counter(card["tensors"].values())
+    yield f"- data types of {len(card['tensors'])} tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+    yield ""
+    yield table(["quantizer", "data type"], list(card["quantizers"].items()))
 
 
 def _batches(calibrator: DataFreeCalibrator, pool: SyntheticImages) -> Iterator[Tensor]:
