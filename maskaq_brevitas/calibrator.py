@@ -21,6 +21,7 @@ from maskaq_brevitas.config import (
     Scheme,
     SynthesisConfig,
     TuningConfig,
+    from_mapping,
     resolve_effort,
     resolve_scheme,
     to_mapping,
@@ -403,6 +404,8 @@ class DataFreeCalibrator(DataLoader):
         run = self.run
         if path is not None:
             found = RunDirectory.read_identity(path)
+            # A run may be older than an option of schemes, which it has at its default then.
+            found["scheme"] = to_mapping(from_mapping(Scheme, found["scheme"])) if "scheme" in found else None
             for key in ("scheme", "overrides", "num_images", "held_back", "weights"):
                 if found.get(key) != json.loads(json.dumps(self.identity()[key])):
                     raise RunDirectoryError(

@@ -139,7 +139,7 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
     add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm downloads its own")
     add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
         "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY (one "
-        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), or auto")  # fmt: skip
+        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to hardware), or auto")  # fmt: skip
     add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by layer, "
         "by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from brevitas.nn import QuantConv2d
+from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from torch import nn
 
 from maskaq_brevitas.config import LayerBits, Scheme, parse_bits, resolve_scheme
-from maskaq_brevitas.errors import ConfigurationError, SkippedLayerWarning
+from maskaq_brevitas.errors import ConfigurationError, ModelError, SkippedLayerWarning
 from maskaq_brevitas.models.attention import ChannelAffine
 from maskaq_brevitas.models.families import (
     attention_modules,
@@ -92,6 +93,9 @@ def plan_bits(
             width = scheme.resolved_probability_bits if operand == "probabilities" else scheme.bits.activation
             bits[f"{name}.{operand}"] = LayerBits(scheme.bits.weight, width)
 
+    if scheme.patch_tokens is not None:
+        bits[_patch_tokens(model)] = LayerBits(scheme.patch_embed.weight, scheme.patch_tokens)
+
     for pattern, text in (overrides or {}).items():
         chosen = parse_bits(text)
         matched = [
@@ -129,7 +133,8 @@ def swap_layers(
 
     Raises:
         ConfigurationError: unknown scheme, or a pattern that matches nothing.
-        ModelError: if the model has no known attention, or its family is refused.
+        ModelError: if the model has no known attention, its family is refused, or there is no place for the scheme's quantizer
+            of patch tokens.
 
     Warns:
         SkippedLayerWarning: names layers with weights that stay in float.
@@ -157,6 +162,11 @@ def swap_layers(
             places.append(QuantizedPlace(name, "operand", None, bits.activation))
             continue
         layer = quant_model.get_submodule(name)
+        if isinstance(layer, nn.Identity):
+            quantizer = activation_quantizer("signed", bits.activation, scheme)
+            _replace(quant_model, name, QuantIdentity(act_quant=quantizer, return_quant_tensor=False).train(layer.training))
+            places.append(QuantizedPlace(name, "tokens", None, bits.activation))
+            continue
         kind: ValueKind = "asymmetric" if name in asymmetric else scheme.softmax if name in unsigned else "signed"
         channels = layer.in_features if name in uneven - asymmetric and scheme.input_scales == "channel" else None
         _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme, channels))
@@ -200,6 +210,17 @@ def _quantized_layer(
     if layer.bias is not None:
         twin.bias = layer.bias
     return twin.train(layer.training)
+
+
+def _patch_tokens(model: nn.Module) -> str:
+    """Name of the idle module between the patch embedding and the tokens, where these are quantized."""
+    name = "patch_embed.norm"
+    if not isinstance(getattr(getattr(model, "patch_embed", None), "norm", None), nn.Identity):
+        raise ModelError(
+            f"{type(model).__name__}: patch tokens cannot be quantized: expected an idle {name}, as a timm ViT has. "
+            "Use a scheme without patch_tokens."
+        )
+    return name
 
 
 def _fill_slots(model: nn.Module) -> None:
