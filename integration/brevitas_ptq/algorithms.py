@@ -29,7 +29,7 @@ from maskaq_brevitas.config import Scheme
 from maskaq_brevitas.quant.swap import swap_layers
 
 __all__ = [
-    "MODELS", "Loader", "ModelKind", "TUNERS", "borrowed_settings", "calibrated_model", "changed_layers",
+    "MODELS", "TUNERS", "Loader", "ModelKind", "borrowed_settings", "calibrated_model", "changed_layers",
     "initialise_weight_scales", "learned_round",
 ]  # fmt: skip
 

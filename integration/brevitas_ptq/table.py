@@ -95,11 +95,14 @@ class Bench:
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[warnings.WarningMessage]]:
     """A context without Brevitas' prints and bars; what it warns of is recorded."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield said
+    nowhere = io.StringIO()
+    with (
+        contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(record=True) as said,
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield said
 
 
 class CellStore:
