@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantIdentity
-from brevitas.nn import QuantLinear
 from torch import nn
 
 from maskaq_brevitas.config import LayerBits, Scheme, parse_bits, resolve_scheme
@@ -28,7 +27,7 @@ from maskaq_brevitas.models.families import (
     written_out,
 )
 from maskaq_brevitas.quant.attention import OPERANDS, quantize_operands
-from maskaq_brevitas.quant.linear import ChannelScaledLinear
+from maskaq_brevitas.quant.linear import ChannelScaledLinear, TokenLinear
 from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weight_quantizer
 
 __all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers"]
@@ -197,7 +196,7 @@ def _quantized_layer(
     device = layer.weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if isinstance(layer, nn.Linear):
-            kind_of_layer = QuantLinear if channels is None else ChannelScaledLinear
+            kind_of_layer = TokenLinear if channels is None else ChannelScaledLinear
             twin: nn.Module = kind_of_layer(layer.in_features, layer.out_features, **quantizers)
         else:
             twin = QuantConv2d(

@@ -1,0 +1,1 @@
+"""Brevitas' post-training quantization (``brevitas_examples.imagenet_classification.ptq``), calibrated without data."""
