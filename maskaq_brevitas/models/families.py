@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention
+from maskaq_brevitas.models.graph_attention import is_graph_module
 
 __all__ = [
     "ChannelPlace",
@@ -62,6 +63,11 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
         ModelError: if there is none: the model is a CNN, or a transformer of an unknown family.
     """
     found = {name: module for name, module in model.named_modules() if is_attention(module)}
+    if not found and is_graph_module(model):
+        raise ModelError(
+            f"{type(model).__name__} is FX-traced: its attention is no module any more. Expected the model that it was traced "
+            "from; a traced model goes in as quant_model=."
+        )
     if not found:
         unknown = {type(module).__name__ for _, module in unknown_attention_modules(model)}
         what = f"its attention ({', '.join(sorted(unknown))}) is of a family" if unknown else "it has no attention"
@@ -132,6 +138,12 @@ def block_names(model: nn.Module) -> list[str]:
         ModelError: if there is none of a known type.
     """
     names = [name for name, module in model.named_modules() if type(module) is Block]
+    if not names and is_graph_module(model):
+        raise ModelError(
+            f"{type(model).__name__} is FX-traced: its transformer blocks are no modules any more, so none can be tapped, "
+            "reconstructed or compiled. Tune it with DistillConfig(feature_weight=0), or quantize by swapping modules: "
+            "DataFreeCalibrator(model, scheme=...)."
+        )
     if not names:
         raise ModelError(f"{type(model).__name__} has no transformer blocks of a known type; expected timm's Block.")
     return names
