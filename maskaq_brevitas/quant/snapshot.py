@@ -187,5 +187,6 @@ def check_layer(
         )
     if layer.output_quant.is_quant_enabled or (layer.bias_quant.is_quant_enabled and not quantized_bias):
         raise ModelError(
-            f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only."
+            f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only. "
+            "frozen_snapshot can freeze biases, if it is told the input_size."
         )
