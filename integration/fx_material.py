@@ -1,4 +1,4 @@
-"""What both FX flows take from the command line: a float model, labelled images, and three kinds of calibration images."""
+"""What both FX flows take from the command line: a float model, labelled images, calibration images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class Material:
     real: Tensor
 
     @classmethod
-    def parse(cls, parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Material]:
+    def parse(
+        cls, parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+    ) -> tuple[argparse.Namespace, Material]:
         """The options of a command line and what they name; bad input ends the program with its message."""
         options = parser.parse_args(arguments)
         try:
@@ -113,16 +115,17 @@ class Material:
 
     def headline(self, options: argparse.Namespace) -> str:
         """What the tables below it were made of."""
+        count = len(self.evaluation)  # type: ignore[arg-type]
         return (
             f"{options.model}: {options.images} calibration images, {options.steps} iterations of synthesis, seed "
-            f"{options.seed}, {len(self.evaluation)} images to evaluate, {options.threads} thread(s)"  # type: ignore[arg-type]
+            f"{options.seed}, {count} images to evaluate, {options.threads} thread(s)"
         )
 
 
 def print_table(
     options: argparse.Namespace, parts: Sequence[str | tuple[list[str], list[list[Any]]]], *, module: str
 ) -> None:
-    """Print texts and tables ``(titles, rows)``, the first two columns to the left; also to ``--out`` if it is given."""
+    """Print texts and tables ``(titles, rows)``, first two columns to the left; write ``--out`` if it is given."""
     texts = [part if isinstance(part, str) else text_table(*part, right=range(2, len(part[0]))) for part in parts]
     text = "\n\n".join(texts)
     print(text)

@@ -56,8 +56,8 @@ class DataFreeCalibrator(DataLoader):
 
     Args:
         float_model: trained float model of a registered family (timm ViT, DeiT ...). It is not changed.
-        quant_model: a Brevitas model of it that exists already, FX-traced (``brevitas.graph.quantize``) or not; ``None``
-            swaps the layers by ``scheme``.
+        quant_model: a Brevitas model of it that exists already, FX-traced (``brevitas.graph.quantize``) or not;
+            ``None`` swaps the layers by ``scheme``.
         scheme: name (``"w4a8"``, ``"strict-w4a4"`` ...) or :class:`~maskaq_brevitas.config.Scheme`.
         overrides: shell pattern of layer names -> ``wXaY``.
         effort: ``"fast"`` (calibration only), ``"default"`` or ``"best"``: sets ``num_images``, ``synthesis`` and

@@ -1,4 +1,4 @@
-"""Brevitas' FX flows, ``quantize`` and ``quantize_flexml``, on a timm ViT, calibrated on noise, synthetic and real images.
+"""Brevitas' FX flows, ``quantize`` and ``quantize_flexml``, on a timm ViT, calibrated on noise, synthetic, real images.
 
     python -m integration.brevitas_fx --model digits_vit
 """

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 __all__ = ["float_computations"]
 
 # Nodes that move numbers without changing them, and arithmetic on shapes.
-_MOVES = frozenset(
-    "_assert cat contiguous eq expand flatten getattr getitem permute reshape split squeeze t transpose unbind unsqueeze "
-    "view".split()
-)
+_MOVES = frozenset((
+    "_assert", "cat", "contiguous", "eq", "expand", "flatten", "getattr", "getitem", "permute", "reshape", "split",
+    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+))  # fmt: skip
 
 
 @torch.no_grad()
@@ -44,7 +44,8 @@ class _Watcher(Interpreter):
     def run_node(self, n: Any) -> Any:
         if n.op in ("call_function", "call_method", "call_module"):
             operation = self.fetch_attr(n.target) if n.op == "call_module" else n.target
-            name = type(operation).__name__ if isinstance(operation, nn.Module) else getattr(operation, "__name__", operation)
+            named = type(operation) if isinstance(operation, nn.Module) else operation
+            name = getattr(named, "__name__", named)
             moves = name in _MOVES or isinstance(operation, (nn.Identity, nn.Dropout, QuantLayerMixin))
             inputs = [self.env[node] for node in n.all_input_nodes]
             tensors = [value for value in inputs if isinstance(value, (Tensor, QuantTensor))]

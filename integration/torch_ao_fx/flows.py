@@ -155,9 +155,10 @@ def _fx_package() -> tuple[ModuleType, ModuleType]:
 def _engine() -> Iterator[str]:
     """A context with the best engine of int8 kernels that this torch has; the one chosen before is put back."""
     before = torch.backends.quantized.engine
-    usable = [name for name in ("x86", "fbgemm", "onednn", "qnnpack") if name in torch.backends.quantized.supported_engines]
+    engines = torch.backends.quantized.supported_engines
+    usable = [name for name in ("x86", "fbgemm", "onednn", "qnnpack") if name in engines]
     if not usable:
-        raise ImportError(f"This torch has no quantized kernels: engines are {torch.backends.quantized.supported_engines}.")
+        raise ImportError(f"This torch has no quantized kernels that are known here: its engines are {engines}.")
     try:
         torch.backends.quantized.engine = usable[0]
         yield usable[0]

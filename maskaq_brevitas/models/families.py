@@ -65,8 +65,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if is_attention(module)}
     if not found and is_graph_module(model):
         raise ModelError(
-            f"{type(model).__name__} is FX-traced: its attention is no module any more. Expected the model that it was traced "
-            "from; a traced model goes in as quant_model=."
+            f"{type(model).__name__} is FX-traced: its attention is no module any more. Expected the model that it was "
+            "traced from; a traced model goes in as quant_model=."
         )
     if not found:
         unknown = {type(module).__name__ for _, module in unknown_attention_modules(model)}
@@ -140,8 +140,8 @@ def block_names(model: nn.Module) -> list[str]:
     names = [name for name, module in model.named_modules() if type(module) is Block]
     if not names and is_graph_module(model):
         raise ModelError(
-            f"{type(model).__name__} is FX-traced: its transformer blocks are no modules any more, so none can be tapped, "
-            "reconstructed or compiled. Tune it with DistillConfig(feature_weight=0), or quantize by swapping modules: "
+            f"{type(model).__name__} is FX-traced: its transformer blocks are no modules any more, so none can be "
+            "tapped, reconstructed or compiled. Tune it with DistillConfig(feature_weight=0), or quantize by swapping modules: "
             "DataFreeCalibrator(model, scheme=...)."
         )
     if not names:

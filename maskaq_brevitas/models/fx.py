@@ -20,8 +20,8 @@ from maskaq_brevitas.models.families import attention_modules, explicit_form, un
 __all__ = ["prepare_for_fx"]
 
 _WAY_ROUND = (
-    "Way round: quantize by swapping modules, which traces nothing: DataFreeCalibrator(model, scheme=...), or Brevitas' "
-    "layerwise_quantize for what this package does not know."
+    "Way round: quantize by swapping modules, which traces nothing: DataFreeCalibrator(model, scheme=...), or "
+    "Brevitas' layerwise_quantize for what this package does not know."
 )
 
 # Methods that Brevitas' graph passes do not follow, and the functions that they do:
@@ -50,9 +50,9 @@ def prepare_for_fx(model: nn.Module) -> GraphModule:
 
     Pass it where Brevitas takes a float model: ``quantize(preprocess_for_quantize(prepare_for_fx(model)))``,
     ``quantize_flexml(preprocess_for_flexml_quantize(prepare_for_fx(model), images))``. It has one argument, ``(batch,
-    channels, height, width)``; its modules have the names that they have in ``model``; attention is written out, so that
-    its matmuls and its softmax are nodes of the graph; and tensor methods that Brevitas' graph passes do not follow are
-    calls of the functions instead.
+    channels, height, width)``; its modules have the names that they have in ``model``; attention is written out, so
+    that its matmuls and its softmax are nodes of the graph; and tensor methods that Brevitas' graph passes do not
+    follow are calls of the functions instead.
 
     Args:
         model: a float timm ``VisionTransformer`` with a class token and a fixed image size. It is not changed, and its
@@ -71,7 +71,7 @@ def prepare_for_fx(model: nn.Module) -> GraphModule:
         >>> from maskaq_brevitas import prepare_for_fx
         >>> model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1).eval()
         >>> quant_model = quantize(preprocess_for_quantize(prepare_for_fx(model)))
-        >>> type(quant_model.blocks[0].attn.qkv).__name__
+        >>> type(quant_model.get_submodule("blocks.0.attn.qkv")).__name__
         'QuantLinear'
     """
     reason = _why_not(model)
@@ -97,26 +97,27 @@ def prepare_for_fx(model: nn.Module) -> GraphModule:
 
 def _why_not(model: nn.Module) -> str | None:
     """What is known to go wrong with this model, as a sentence; None if nothing is."""
-    unknown = sorted({type(module).__name__ for _, module in unknown_attention_modules(model)})
-    if unknown:
-        return (
-            f"its attention ({', '.join(unknown)}) is none that this package can write out, and in the traces of such models "
-            "(Swin, BEiT, EVA ...) Brevitas takes arithmetic on shapes for residual additions."
-        )
     if not isinstance(model, VisionTransformer):
-        attention_modules(model)  # says it better if there is no attention at all
-        return "expected timm's VisionTransformer (ViT, DeiT, DINOv2 ...); nothing is known of the traces of others."
+        if not any(unknown_attention_modules(model)):
+            attention_modules(model)  # says it better if there is no attention at all
+        return (
+            "expected timm's VisionTransformer (ViT, DeiT, DINOv2 ...). In the traces of others (Swin, BEiT, EVA ...) "
+            "Brevitas takes arithmetic on shapes for residual additions, or its tracer stops."
+        )
     others = sorted({type(block).__name__ for block in model.blocks if type(block) is not Block})
     if others:
         return f"its blocks ({', '.join(others)}) are not timm's Block; nothing is known of their traces."
     if model.dynamic_img_size or getattr(model.patch_embed, "dynamic_img_pad", False):
         return (
-            "with dynamic_img_size its code branches on the size of the image, which tracing cannot follow. Make the model "
-            "with dynamic_img_size=False and the img_size that it will see."
+            "with dynamic_img_size its code branches on the size of the image, which tracing cannot follow. Make the "
+            "model with dynamic_img_size=False and the img_size that it will see."
         )
     if model.global_pool != "token":
         return (
-            f"it pools by global_pool={model.global_pool!r}, for which it slices the output of its last norm; where that is a "
-            "QuantTensor (a tuple) slicing fails. Only global_pool='token' can be quantized."
+            f"it pools by global_pool={model.global_pool!r}, for which it slices the output of its last norm; where "
+            "that is a QuantTensor (a tuple) slicing fails. Only global_pool='token' can be quantized."
         )
+    unknown = sorted({type(module).__name__ for _, module in unknown_attention_modules(model)})
+    if unknown:
+        return f"its attention ({', '.join(unknown)}) is none that this package can write out."
     return None

@@ -47,7 +47,9 @@ class FusedAttention(nn.Module):
         quantizers = isinstance(source, QuantScaledDotProductAttention)
         for name in ("pre_process_q", "pre_process_k", "pre_process_v") if source is not None else ():
             if getattr(source, name) is not identity:
-                raise ModelError(f"{type(source).__name__} with {name} cannot be tapped; expected Brevitas' default, identity.")
+                raise ModelError(
+                    f"{type(source).__name__} with {name} cannot be tapped; expected Brevitas' default, identity."
+                )
 
         def shared(name: str) -> nn.Module:
             return getattr(source, name) if quantizers else nn.Identity()
@@ -75,8 +77,8 @@ class FusedAttention(nn.Module):
     ) -> Tensor:
         if attn_mask is not None or is_causal or enable_gqa or dropout_p:
             raise ModelError(
-                "scaled_dot_product_attention with a mask, dropout or grouped queries is not known here; expected the plain "
-                "attention of a Vision Transformer in evaluation mode."
+                "scaled_dot_product_attention with a mask, dropout or grouped queries is not known here; expected the "
+                "plain attention of a Vision Transformer in evaluation mode."
             )
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         logits = self.logits(self.query(query * factor) @ self.key_transposed(torch.transpose(key, -2, -1)))
@@ -123,8 +125,8 @@ def put_taps(model: nn.Module) -> Callable[[], None]:
     if not len(taps):
         raise ModelError(
             f"No attention found in the graph of {type(model).__name__}: expected matmul -> softmax -> matmul, "
-            "scaled_dot_product_attention, or Brevitas' modules for it. Trace the model with prepare_for_fx, or quantize it "
-            "by swapping modules: DataFreeCalibrator(model, scheme=...)."
+            "scaled_dot_product_attention, or Brevitas' modules for it. Trace the model with prepare_for_fx, or "
+            "quantize it by swapping modules: DataFreeCalibrator(model, scheme=...)."
         )
     model.add_module(_TAPS, taps.eval())
     model.graph = graph

@@ -52,8 +52,8 @@ class PlaceFigures:
         macs: multiply-accumulates for one image. The first operand of each matmul (query, probabilities) carries those
             of the matmul, the second (key, value) 0.
         bops: bit operations for one image: MACs x width of one factor x width of the other.
-        arriving_bits: width of the layer's input where an earlier quantizer of the model quantized it, as in models that
-            Brevitas' FX flows quantize; ``None`` where the layer has its own quantizer, or nothing quantized it.
+        arriving_bits: width of the layer's input where an earlier quantizer of the model quantized it, as in models
+            that Brevitas' FX flows quantize; ``None`` where the layer has its own quantizer, or nothing quantized it.
     """
 
     name: str

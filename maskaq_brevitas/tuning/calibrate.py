@@ -91,8 +91,8 @@ def provisional_calibration(
     Args:
         quant_model: a model with Brevitas quantizers.
         batches: as for :func:`calibrate`.
-        returned: which modules return a QuantTensor when nobody calibrates, see :func:`returned_quant_tensors`. Only needed
-            in the middle of someone else's ``calibration_mode``, which switches that off.
+        returned: which modules return a QuantTensor when nobody calibrates, see :func:`returned_quant_tensors`. Only
+            needed in the middle of someone else's ``calibration_mode``, which switches that off.
 
     Raises:
         InputError, ModelError: as :func:`calibrate` does.

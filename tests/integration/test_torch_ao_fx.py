@@ -81,7 +81,8 @@ def test_missing_torchao_and_broken_compiler_are_said_in_the_table(capsys, monke
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     table = {(line[:15].strip(), line[17:33].strip()): line[33:].split() for line in lines[2:-5]}
     assert table["float, eager", ""][2] == "1.00"
-    assert float(table["FX static", "synthetic images"][0]) > 60 and float(table["FX static", "synthetic images"][2]) > 0
+    accuracy, _, speed = table["FX static", "synthetic images"]
+    assert float(accuracy) > 60 and float(speed) > 0
     assert len(table["FX static", "real images"]) == 1
     assert table["PT2E reference", "real images"] == table["float, compiled", ""] == ["failed"]
     said = [line for line in lines if line.startswith("failed: ")]

@@ -32,7 +32,10 @@ def images(batch=2):
 
 @pytest.mark.parametrize(
     "options",
-    (SMALL, dict(SMALL, qk_norm=True, qkv_bias=False), dict(SMALL, reg_tokens=3), dict(SMALL, init_values=0.1), DISTILLED),
+    (
+        SMALL, dict(SMALL, qk_norm=True, qkv_bias=False), dict(SMALL, reg_tokens=3), dict(SMALL, init_values=0.1),
+        DISTILLED,
+    ),  # fmt: skip
 )
 def test_computes_what_the_model_computes_and_is_quantized(options):
     model = build(**options)
@@ -70,10 +73,10 @@ def test_computes_what_the_model_computes_and_is_quantized(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        (dict(create=timm.create_model, model_name="swin_tiny_patch4_window7_224"), r"attention \(.*WindowAttention.*\) is none"),
-        (dict(create=timm.create_model, model_name="beit_base_patch16_224", depth=1), "BEiT, EVA"),
+        (dict(create=timm.create_model, model_name="swin_tiny_patch4_window7_224"), "SwinTransformer cannot be"),
+        (dict(create=timm.create_model, model_name="beit_base_patch16_224", depth=1), "Beit cannot be"),
         (dict(create=timm.create_model, model_name="resnet10t"), "it has no attention"),
-        (dict(create=timm.create_model, model_name="cait_xxs24_224", depth=1), "cannot be"),
+        (dict(create=timm.create_model, model_name="cait_xxs24_224", depth=1), "Cait cannot be"),
         (dict(SMALL, class_token=False, global_pool="avg"), "pools by global_pool='avg'"),
         (dict(SMALL, global_pool="map"), "cannot be prepared for FX"),
         (dict(SMALL, dynamic_img_size=True), "dynamic_img_size=False and the img_size"),
@@ -91,5 +94,5 @@ def test_what_a_tracer_cannot_follow_is_refused():
         def forward_features(self, x, **options):
             return super().forward_features(x if x.sum() > 0 else -x, **options)
 
-    with pytest.raises(ModelError, match="Branching cannot be prepared for FX: its forward pass cannot be traced .TraceError"):
+    with pytest.raises(ModelError, match="Branching cannot be prepared for FX: its forward pass .* traced .TraceError"):
         prepare_for_fx(build(Branching, **SMALL))
