@@ -19,6 +19,7 @@ from maskaq_brevitas.models.beit import BEIT
 from maskaq_brevitas.models.cait import CAIT
 from maskaq_brevitas.models.eva import EVA
 from maskaq_brevitas.models.family import ChannelPlace, Family
+from maskaq_brevitas.models.graph_attention import is_graph_module
 from maskaq_brevitas.models.layout import AttentionLayout
 from maskaq_brevitas.models.pvt import PVT
 from maskaq_brevitas.models.swin import SWIN
@@ -120,6 +121,11 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
             raise ModelError(f"{type(model).__name__} cannot be quantized: {REFUSED[type(module)]}.")
         if is_attention(module):
             found[name] = module
+    if not found and is_graph_module(model):
+        raise ModelError(
+            f"{type(model).__name__} is FX-traced: its attention is no module any more. Expected the model that it was "
+            "traced from; a traced model goes in as quant_model=."
+        )
     if not found:
         unknown = {type(module).__name__ for _, module in unknown_attention_modules(model)}
         what = f"its attention ({', '.join(sorted(unknown))}) is of a family" if unknown else "it has no attention"
@@ -228,6 +234,12 @@ def block_names(model: nn.Module) -> list[str]:
     """
     known = tuple(kind for family in FAMILIES for kind in family.blocks)
     names = [name for name, module in model.named_modules() if type(module) in known]
+    if not names and is_graph_module(model):
+        raise ModelError(
+            f"{type(model).__name__} is FX-traced: its transformer blocks are no modules any more, so none can be "
+            "tapped, reconstructed or compiled. Tune it with DistillConfig(feature_weight=0), or quantize by swapping modules: "
+            "DataFreeCalibrator(model, scheme=...)."
+        )
     if not names:
         raise ModelError(f"{type(model).__name__} has no transformer blocks of a known type; expected timm's Block.")
     return names

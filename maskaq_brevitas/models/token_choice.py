@@ -22,7 +22,8 @@ class TokenChoice(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.indices is None:
             return tokens
-        return tokens.gather(1, self.indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        # The function and not the method: a QuantTensor takes it (and gives its plain values).
+        return torch.gather(tokens, 1, self.indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 @contextmanager

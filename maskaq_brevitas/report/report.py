@@ -216,7 +216,7 @@ def make_report(
         }
     check = None if qonnx_check is None else dataclasses.asdict(qonnx_check)
     return Report(
-        title=title or f"{type(calibrator.float_model).__name__}, {calibrator.scheme.name}",
+        title=title or f"{type(calibrator.float_model).__name__}, {_origin(calibrator)}",
         places=tuple(places),
         cost=cost,
         agreement=agreement,
@@ -225,7 +225,7 @@ def make_report(
             "notes": list(_notes(calibrator)),
             "features": not has_classes(calibrator.float_model),
             "skipped_layers": [dataclasses.asdict(layer) for layer in _skipped(calibrator)],
-            "float_by_design": _FLOAT_BY_DESIGN,
+            "float_by_design": _FLOAT_BY_DESIGN if calibrator.swap_record is not None else None,
             "equalized_places": [
                 {name: value for name, value in vars(place).items() if name not in ("consumers", "scales")}
                 for place in calibrator.equalized
@@ -274,7 +274,14 @@ def _skipped(calibrator: DataFreeCalibrator) -> Sequence[Any]:
     return calibrator.swap_record.skipped if calibrator.swap_record is not None else ()
 
 
+def _origin(calibrator: DataFreeCalibrator) -> str:
+    return calibrator.scheme.name if calibrator.swap_record is not None else "quant model as given"
+
+
 def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
+    if calibrator.swap_record is None:
+        yield "the quant model was given: what it leaves in float is not known here, and was not chosen here"
+        return
     scheme = calibrator.scheme
     yield f"float by design: {_FLOAT_BY_DESIGN}"
     skipped = "; ".join(f"{layer.name} ({layer.type_name}: {layer.reason})" for layer in _skipped(calibrator))
@@ -309,7 +316,9 @@ def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
 def _place_row(place: PlaceFigures) -> list[str]:
     weight, activation = place.weight, place.activation
     return [
-        place.name, place.kind, *_quantizer_cells(weight), *_quantizer_cells(activation)[:2],
+        place.name, place.kind, *_quantizer_cells(weight),
+        _quantizer_cells(activation)[0] if place.arriving_bits is None else str(place.arriving_bits),
+        _quantizer_cells(activation)[1],
         _or_dash(None if activation is None else activation.zero_point), _quantizer_cells(activation)[2],
         f"{place.macs / 1e6:.3f}",
     ]  # fmt: skip

@@ -234,7 +234,7 @@ class Distiller:
         """Draw the tokens that both networks see of each image, unless they see all."""
         if choice is None:
             return
-        patches = patch_count(self.quant_model)
+        patches = patch_count(self.float_snapshot)
         kept = max(1, round(self.config.kept_tokens * patches))
         choice.indices = draw_tokens(len(images), patches, kept, self.prefix, generator).to(images.device)
 
