@@ -110,7 +110,8 @@ class ExplicitAttention(nn.Module):
 
     def heads(self, x: Tensor, parts: int = 1) -> Tensor:
         """``(batch, tokens, parts * heads * head_dim)`` to ``(parts, batch, heads, tokens, head_dim)``."""
-        return x.reshape(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        batch, tokens, _ = x.shape  # unpacked like this, Brevitas' tracer can follow
+        return x.reshape(batch, tokens, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention of scaled queries; ``(batch, heads, tokens, head_dim)`` each.
