@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -34,7 +35,7 @@ __all__ = ["Support", "SupportCheck", "check_support", "recorded_support", "refu
 
 _RECORD = "support.json"
 _TOLERANCE = 1e-4
-#: One scale per tensor, ranges from minimum and maximum: the quickest to calibrate.
+#: At 8 bits a rounding tie that falls to the other side changes little.
 _SCHEME = "w8a8"
 
 
@@ -188,8 +189,6 @@ def _onnxruntime_text(quant_model: nn.Module, images: Tensor) -> str:
 
     One image has to agree to float rounding. On others a rounding tie may fall to the other side, which moves them by a step.
     """
-    import copy
-
     import onnxruntime
     from brevitas.export import export_onnx_qcdq
 

@@ -57,7 +57,7 @@ class AttentionLayout:
         if self.pooling:
             return "pooling"
         if self.window is None:
-            return "whole image" if self.query_grid is None else "whole image, coarse keys"
+            return "whole image" if self.query_grid is None else "whole image (coarse keys)"
         return "shifted windows" if any(self.shift) else "windows"
 
     def among_patches(self, attention: Tensor) -> Tensor:
