@@ -80,7 +80,7 @@ def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...] | None, 
     """
     import onnx
     from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.transformation.fold_constants import FoldConstantsFiltered
+    from qonnx.transformation.fold_constants import FoldConstants
     from qonnx.transformation.infer_shapes import InferShapes
 
     try:
@@ -101,9 +101,7 @@ def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...] | None, 
         value.type.tensor_type.shape.dim[0].dim_value = dynamic
     # Shapes follow from constants (the class token, expanded to the batch) and constants from shapes, hence in turns.
     graph = ModelWrapper(proto)
-    # The filtered form folds all at once; qonnx' plain one infers every shape again after each node.
-    fold = FoldConstantsFiltered(lambda _, node: node.op_type not in QUANT_OPS)
-    for step in (InferShapes(), fold, InferShapes()):
+    for step in (InferShapes(), FoldConstants(exclude_op_types=list(QUANT_OPS)), InferShapes()):
         graph = graph.transform(step)
     return graph, dynamic
 

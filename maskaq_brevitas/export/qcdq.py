@@ -64,8 +64,10 @@ def export_qcdq(
     the model is exported, in eval mode, on the CPU, in float32: the model that is passed in is not touched. The file
     appears under its name only when whole. An existing file of that name is replaced.
 
-    Run it with :class:`~maskaq_brevitas.export.QcdqModel`, or in ONNX Runtime with ``session.disable_quant_qdq`` set to
-    ``"1"`` (see there for why).
+    Run it with :class:`~maskaq_brevitas.export.QcdqModel`, or in ONNX Runtime, best with the option that this sets::
+
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
 
     Args:
         quant_model: takes images ``(batch, channels, height, width)``, gives logits ``(batch, classes)``.

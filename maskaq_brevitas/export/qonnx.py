@@ -122,7 +122,7 @@ def _clean_dynamic(wrapper: Any) -> Any:
     qonnx reads a symbolic dimension as 0, and would fold what follows from it: the class token, expanded to the batch,
     would become an empty constant and vanish from the graph. So ``Shape`` is not folded here.
     """
-    from qonnx.transformation.fold_constants import FoldConstantsFiltered
+    from qonnx.transformation.fold_constants import FoldConstants
     from qonnx.transformation.general import GiveReadableTensorNames
     from qonnx.transformation.general import GiveUniqueNodeNames
     from qonnx.transformation.general import GiveUniqueParameterTensors
@@ -134,7 +134,7 @@ def _clean_dynamic(wrapper: Any) -> Any:
     for step in (
         InferShapes(),
         GiveUniqueParameterTensors(),
-        FoldConstantsFiltered(lambda _, node: node.op_type not in (*QUANT_OPS, "Shape")),
+        FoldConstants(exclude_op_types=[*QUANT_OPS, "Shape"]),
         FoldTransposeIntoQuantInit(),
         RemoveUnusedTensors(),
         RemoveStaticGraphInputs(),
