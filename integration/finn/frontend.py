@@ -1,6 +1,6 @@
 """FINN's front end on one file; runs in FINN's own environment, knows nothing of this package.
 
-``python frontend.py REQUEST.json`` reads ``model``, ``output``, ``part``, ``target_fps``, ``clock_ns`` and, optionally,
+``python frontend.py REQUEST.json ...`` reads of each request ``model``, ``output``, ``part``, ``target_fps``, ``clock_ns`` and, optionally,
 ``sample`` (an ``.npz``, see :mod:`integration.finn.reference`), and writes ``RESULT.json`` into the folder ``output``.
 The build steps are FINN's own, in the order of its estimate-only flow.
 """
@@ -213,4 +213,5 @@ def execute_in_step(model: Any, given: np.ndarray, step: _InStep) -> np.ndarray:
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        main(sys.argv[1])
+        for request in sys.argv[1:]:
+            main(request)
