@@ -25,6 +25,9 @@ from maskaq_brevitas.errors import (
 )
 from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measure_accuracy, labelled_folder
 from maskaq_brevitas.export import FORMATS, ModelCard, QcdqModel, QonnxCheck, QonnxModel, model_card, write_card
+from maskaq_brevitas.export.finn import write_finn_sample
+from maskaq_brevitas.export.finn_lint import lint_finn as judge_for_finn
+from maskaq_brevitas.export.finn_lint import lint_text
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.models.families import FAMILIES
 from maskaq_brevitas.models.geometry import read_geometry
@@ -41,7 +44,7 @@ from maskaq_brevitas.synthesis.memory import auto_batch_size
 from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
-__all__ = ["evaluate", "export", "models", "quantize", "sensitivity"]
+__all__ = ["evaluate", "export", "lint_finn", "models", "quantize", "sensitivity"]
 
 _SPLIT_SEED = 2_000_003
 
@@ -162,6 +165,17 @@ def export(options: Namespace) -> None:
     print(f"{output}\n{_check_line(check)}")
     if card is not None:
         print(f"{card.macs / 1e6:.1f} MMACs, {card.bops / 1e9:.3f} GBOPs, weights {card.weight_bits / 8e6:.3f} MB")
+
+
+def lint_finn(options: Namespace) -> int:
+    """Print what FINN would make of a QONNX file; 0 if every node becomes hardware, else 1.
+
+    Raises:
+        MaskAQError: if the file cannot be read.
+    """
+    lint = judge_for_finn(options.file)
+    print(lint_text(lint, every_node=options.all, only_verdict=options.quiet))
+    return 0 if lint.lands else 1
 
 
 def sensitivity(options: Namespace) -> None:
@@ -347,7 +361,7 @@ def _export(
 ) -> tuple[QonnxCheck, ModelCard | None]:
     """Write the file and execute it on the held-back images; one that fails the check never gets its name.
 
-    A QONNX file gets its card beside it.
+    A QONNX file gets its card beside it, one for FINN a sample of its input and output.
     """
     images = (calibrator.held_back or calibrator.pool).images()
     checks = []
@@ -361,6 +375,8 @@ def _export(
     card = model_card(path) if kind == "qonnx" else None
     if card is not None:
         write_card(card, path)
+    if kind == "finn":
+        write_finn_sample(calibrator.quant_model, path, images[:1])
     return checks[0], card
 
 

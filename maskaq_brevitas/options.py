@@ -22,12 +22,14 @@ COMMANDS = {
     "quantize": "quantize a model without data: synthesise, calibrate, tune, evaluate, export, report",
     "evaluate": "accuracy of the float and the quantized model of a run, on labelled images",
     "sensitivity": "what each kind of quantizer of a run costs by itself, measured on its synthetic images",
+    "lint-finn": "would FINN map a QONNX file to hardware: node by node, and if not why and what changes that; needs no FINN",
     "export": "write the quantized model of a run as a file for other tools, and check the file by executing it",
     "models": "the architecture families that are known, and what works for each",
 }
 
 #: What follows the name of a command, if it is no RUN.
-_ARGUMENTS = {"quantize": "MODEL", "models": "[FAMILY]"}
+_ARGUMENTS = {"quantize": "MODEL", "models": "[FAMILY]", "lint-finn": "FILE.onnx"}
+
 #: Configuration classes that appear as ``--PREFIX.KEY``, and the keys that have a short option instead.
 _SECTIONS = {
     "synthesis": (SynthesisConfig, {"steps", "batch_size"}),
@@ -80,6 +82,9 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
         return options
 
     options = parsed()
+    if getattr(options, "target", None) == "finn":
+        parser.set_defaults(format="finn")
+        options = parsed()
     if command == "quantize":
         # The effort sets the defaults of other options, and what is said of those still counts.
         parser.set_defaults(**_effort_values(options.effort))
@@ -88,6 +93,8 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
             raise ConfigurationError("Expected a MODEL, got none: name one, or give a --config that does.")
         if options.overwrite and options.resume:
             raise ConfigurationError("Expected --overwrite or --resume, got both. Choose one.")
+        if options.target == "finn" and re.fullmatch(r"w\da\d", options.scheme):
+            options.scheme = f"finn-{options.scheme}"
         if options.out is None:
             options.out = f"runs/{options.model}-{options.scheme}"
     return options
@@ -128,7 +135,7 @@ def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, ar
         actions[action.dest] = action
 
     {"quantize": _add_quantize, "evaluate": _add_evaluate, "export": _add_export,
-     "sensitivity": _add_sensitivity, "models": _add_models}[command](parser, add)
+     "sensitivity": _add_sensitivity, "models": _add_models, "lint-finn": _add_lint_finn}[command](parser, add)
     return parser, actions
 
 
@@ -224,7 +231,13 @@ def _add_export(parser: argparse.ArgumentParser, add: Callable[..., None]) -> No
     add("run", metavar="RUN", help="folder of a run")
     _add_file_kind(add, parser)
     add("--output", metavar="FILE", help="file to write, replaced if it exists; default: in RUN, model.onnx, "
-        "model.qcdq.onnx, model.qcdq.pt or model.pt2 by its format")  # fmt: skip
+        "model.finn.onnx, model.qcdq.onnx, model.qcdq.pt or model.pt2 by its format")  # fmt: skip
+
+
+def _add_lint_finn(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("file", metavar="FILE.onnx", help="a QONNX file")
+    add("--all", action="store_true", help="list every node, also those that become hardware")
+    add("--quiet", action="store_true", help="only the last line")
 
 
 def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> None:
@@ -235,10 +248,12 @@ def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> No
 
 
 def _add_file_kind(add: Callable[..., None], group: Any) -> None:
-    add("--format", group=group, choices=("qonnx", "qcdq", "torch-qcdq", "torch-export"), default="qonnx",
+    add("--format", group=group, choices=("qonnx", "finn", "qcdq", "torch-qcdq", "torch-export"), default="qonnx",
         help="kind of file: qonnx (Brevitas' Quant nodes, with a card of its costs beside it), qcdq (ONNX "
-        "QuantizeLinear/DequantizeLinear with integer weights, for ONNX Runtime), torch-qcdq (TorchScript with int8 weights), "
+        "QuantizeLinear/DequantizeLinear with integer weights, for ONNX Runtime), finn (see --target), torch-qcdq (TorchScript with int8 weights), "
         "torch-export (torch.export, .pt2)")  # fmt: skip
+    add("--target", group=group, choices=("any", "finn"), default="any", help="finn: scheme finn-wXaY for a scheme wXaY, and "
+        "format finn: a QONNX file whose nodes all have a hardware operator in FINN")  # fmt: skip
     add("--batch", group=group, choices=("fixed", "dynamic"), default="fixed",
         help="first dimension of the file: 1 image, or any number")
 

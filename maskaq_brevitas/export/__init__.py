@@ -6,6 +6,11 @@ from maskaq_brevitas.export.card import model_card
 from maskaq_brevitas.export.card import write_card
 from maskaq_brevitas.export.execute import QonnxModel
 from maskaq_brevitas.export.execute_qcdq import QcdqModel
+from maskaq_brevitas.export.finn import FinnFile
+from maskaq_brevitas.export.finn import export_finn
+from maskaq_brevitas.export.finn import verify_finn
+from maskaq_brevitas.export.finn_lint import FinnLint
+from maskaq_brevitas.export.finn_lint import lint_finn
 from maskaq_brevitas.export.formats import FORMATS
 from maskaq_brevitas.export.qcdq import QcdqFile
 from maskaq_brevitas.export.qcdq import export_qcdq
@@ -21,6 +26,8 @@ from maskaq_brevitas.export.verify import verify_torch_file
 
 __all__ = [
     "FORMATS",
+    "FinnFile",
+    "FinnLint",
     "ModelCard",
     "QcdqFile",
     "QcdqModel",
@@ -29,11 +36,14 @@ __all__ = [
     "QonnxModel",
     "TorchFile",
     "count_quantizers",
+    "export_finn",
     "export_qcdq",
     "export_qonnx",
     "export_torch_program",
     "export_torch_qcdq",
+    "lint_finn",
     "model_card",
+    "verify_finn",
     "verify_qcdq",
     "verify_qonnx",
     "verify_torch_file",

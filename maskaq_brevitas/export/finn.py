@@ -28,7 +28,7 @@ from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.verify import QonnxCheck
 from maskaq_brevitas.export.verify import verify_qonnx
 
-__all__ = ["FINN_OPSET", "FinnFile", "export_finn", "sample_path", "verify_finn"]
+__all__ = ["FINN_OPSET", "FinnFile", "export_finn", "sample_path", "verify_finn", "write_finn_sample"]
 
 #: From this version on GELU is a single node, which FINN maps; before, it is decomposed.
 FINN_OPSET = 20
@@ -40,7 +40,6 @@ class FinnFile:
 
     Attributes:
         path: where it lies.
-        sample: the ``.npz`` beside it: ``input`` and ``output`` of one execution in PyTorch, as FINN's verification wants.
         cut: the part of the model that it holds.
         quant_nodes: number of quantizer nodes in the graph.
         bytes: size on disk.
@@ -48,7 +47,6 @@ class FinnFile:
     """
 
     path: Path
-    sample: Path
     cut: Cut
     quant_nodes: int
     bytes: int
@@ -61,7 +59,6 @@ def export_finn(
     *,
     input_shape: tuple[int, int, int],
     cut: Cut = "full",
-    image: Tensor | None = None,
     dynamic_batch: bool = False,
 ) -> FinnFile:
     """Write a quant model of a scheme ``finn-wXaY`` as a QONNX file whose nodes all have a hardware operator in FINN.
@@ -74,7 +71,6 @@ def export_finn(
         path: the file to write; its folder must exist.
         input_shape: (channels, height, width) of the images, in pixels.
         cut: ``"full"``, or ``"encoder"``: from embedded tokens on, up to the last block.
-        image: ``(1, channels, height, width)``, normalised, for the sample; noise if None.
         dynamic_batch: must be False; FINN takes a static batch of 1.
 
     Raises:
@@ -94,27 +90,44 @@ def export_finn(
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
-    if image is None:
-        image = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
-    given = image.detach().to("cpu", torch.float32)
     form = finn_form(quant_model, cut)
-    with quiet(), torch.no_grad():
-        if cut == "encoder":
-            given = finn_form(quant_model).stem(given)
-        output = form(given)
-        shape = tuple(given.shape[1:])
+    shape = tuple(_given(quant_model, torch.zeros(1, *input_shape), cut).shape)
+    with quiet():
         export: Any = partial(exporter, opset_version=FINN_OPSET, optimize=True)
-        proto = run_exporter(export, "QONNX", finn_form(quant_model, cut), shape, 1, False, True)
+        proto = run_exporter(export, "QONNX", finn_form(quant_model, cut), shape[1:], 1, False, True)
         graph = cleanup_model(ModelWrapper(proto))
-        quant_nodes = check_quantizers(graph.graph, form, shape, 1, op_types=QUANT_OPS)
+        quant_nodes = check_quantizers(graph.graph, form, shape[1:], 1, op_types=QUANT_OPS)
     with whole_file(target) as temporary:
         temporary.write_bytes(graph.model.SerializeToString())
-    with whole_file(sample_path(target)) as temporary, temporary.open("wb") as stream:
+    return FinnFile(path=target, cut=cut, quant_nodes=quant_nodes, bytes=target.stat().st_size, input_shape=shape)
+
+
+@torch.no_grad()
+def write_finn_sample(
+    quant_model: nn.Module, path: str | os.PathLike[str], image: Tensor, *, cut: Cut = "full"
+) -> Path:
+    """Write the input and output of one execution in PyTorch beside a file, as FINN's verification steps want them.
+
+    Args:
+        quant_model: that the file was exported from.
+        path: of the file.
+        image: ``(1, channels, height, width)``, normalised.
+        cut: that the file holds.
+
+    Returns:
+        The path of the ``.npz`` with ``input`` and ``output``.
+    """
+    given = _given(quant_model, image.detach().to("cpu", torch.float32), cut)
+    output = finn_form(quant_model, cut)(given)
+    with whole_file(sample_path(path)) as temporary, temporary.open("wb") as stream:
         np.savez(stream, input=given.numpy(), output=output.numpy())
-    return FinnFile(
-        path=target, sample=sample_path(target), cut=cut, quant_nodes=quant_nodes, bytes=target.stat().st_size,
-        input_shape=tuple(given.shape),
-    )  # fmt: skip
+    return sample_path(path)
+
+
+@torch.no_grad()
+def _given(quant_model: nn.Module, image: Tensor, cut: Cut) -> Tensor:
+    """What the graph of a cut takes for an image."""
+    return image if cut == "full" else finn_form(quant_model).stem(image)
 
 
 def sample_path(path: str | os.PathLike[str]) -> Path:

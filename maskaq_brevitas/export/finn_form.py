@@ -205,7 +205,6 @@ def _layer(layer: nn.Module) -> nn.Module:
 
 def _linear(source: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Module:
     """A Brevitas layer like ``source``, without input quantizer, whose weight is ``codes * scale``, on that very grid."""
-    low, high = integer_bounds(source.weight_quant)
     quantizers: dict[str, Any] = dict(
         weight_quant=Int8WeightPerChannelFloat.let(**_grid(source.weight_quant, scale)),
         input_quant=None, bias_quant=None, return_quant_tensor=False, bias=bias is not None,
@@ -242,7 +241,7 @@ def _grid(proxy: nn.Module, scale: Tensor | float) -> dict[str, Any]:
 
 def _problems(model: nn.Module, cut: Cut):
     """What FINN, or this form, does not take: one text each, with the way round where there is one."""
-    if not isinstance(model, VisionTransformer):
+    if type(model) is not VisionTransformer:  # a subclass computes something else
         yield f"{type(model).__name__} is no timm VisionTransformer"
         return
     for name, block in model.blocks.named_children():
@@ -250,8 +249,6 @@ def _problems(model: nn.Module, cut: Cut):
     if cut == "full":
         if model.global_pool != "token" or model.attn_pool is not None:
             yield f"pooling {model.global_pool!r} has no operator (take the cut 'encoder')"
-        if model.num_prefix_tokens != int(model.cls_token is not None) + int(model.reg_token is not None):
-            yield f"{model.num_prefix_tokens} prefix tokens, of which the class token and one group of registers are known"
         if not isinstance(model.norm_pre, nn.Identity) or model.patch_embed.proj.padding_mode != "zeros":
             yield "a norm in front of the blocks or a padded patch embedding has no form here (take the cut 'encoder')"
         grid = getattr(model.patch_embed.norm, "act_quant", None)

@@ -20,7 +20,7 @@ from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.export.scopes import module_scopes
 
-__all__ = ["FinnLint", "NodeVerdict", "lint_finn"]
+__all__ = ["FinnLint", "NodeVerdict", "lint_finn", "lint_text"]
 
 #: Operators that hand on the values that they are given, and so their integer grid.
 _PASSING = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity")
@@ -103,6 +103,36 @@ def lint_finn(path: str | os.PathLike[str]) -> FinnLint:
         verdicts = tuple(_judge(graph, node) for node in graph.nodes)
         between = _between(graph, {verdict.name for verdict in verdicts if verdict.effect == "hardware"})
     return FinnLint(FINN_VERSION, verdicts, between, tuple(_graph_problems(graph)))
+
+
+def lint_text(lint: FinnLint, *, every_node: bool = False, only_verdict: bool = False) -> str:
+    """A verdict for people: what does not land, grouped by its reason, and the shares.
+
+    Args:
+        every_node: list all nodes first.
+        only_verdict: nothing but the last line.
+    """
+    lines = []
+    if every_node:
+        lines += [f"{node.effect:9} {node.operator:18} {node.hardware:30} {node.module or node.name}" for node in lint.nodes]
+    groups: dict[tuple[str, str, str, str], list[NodeVerdict]] = {}
+    for node in lint.nodes:
+        if node.effect != "hardware":
+            groups.setdefault((node.effect, node.operator, node.reason, node.remedy), []).append(node)
+    for (effect, operator, reason, remedy), nodes in groups.items():
+        names = ", ".join(node.module or node.name for node in nodes[:3]) + (" ..." if len(nodes) > 3 else "")
+        lines.append(f"{effect}: {len(nodes)} x {operator} ({names}): {reason}. What changes that: {remedy}.")
+    lines += [f"graph: {text}." for text in lint.graph]
+    if lint.between:
+        lines.append(f"{len(lint.between)} of them between hardware operators: the dataflow partition would fail.")
+    notes = dict.fromkeys(note for node in lint.nodes if (note := _RULES[node.operator].note if node.hardware else ""))
+    lines += [f"note: {note}." for note in notes]
+    macs = sum(node.macs for node in lint.nodes)
+    verdict = (
+        f"{lint.version}: {lint.node_share:.1%} of {len(lint.nodes)} nodes and {lint.mac_share:.1%} of {macs / 1e6:.1f} MMACs "
+        f"on hardware operators: {'everything lands' if lint.lands else 'it does not land'}"
+    )
+    return verdict if only_verdict else "\n".join([*lines, verdict])
 
 
 class _Graph:
@@ -196,9 +226,11 @@ def _judge(graph: _Graph, node: Any) -> NodeVerdict:
                 reason = need.wrong.format(rounding_mode=graph.attribute(node, "rounding_mode", "ROUND"))
                 effect, remedy = need.effect, need.remedy
                 break
+    # The last scope may be the traced call instead of a module.
     scopes = module_scopes(node)
+    module = next((scope for scope in reversed(scopes) if "." in scope), scopes[-1] if scopes else "")
     return NodeVerdict(
-        name=node.name, operator=node.op_type, module=scopes[-1] if scopes else "", effect=effect,  # type: ignore[arg-type]
+        name=node.name, operator=node.op_type, module=module, effect=effect,  # type: ignore[arg-type]
         hardware=rule.hardware if rule is not None and effect == "hardware" else "", reason=reason, remedy=remedy,
         macs=_macs(graph, node),
     )  # fmt: skip

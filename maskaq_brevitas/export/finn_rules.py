@@ -42,13 +42,14 @@ class Rule:
 _PROFILE = "quantize and export with --target finn"
 
 RULES = (
+    # Unsigned codes are taken by this version, not by FINN's development branch of April 2026.
     Rule(("Quant",), "Thresholding", (
         Need("zero_point_is_0", "its zero point is not 0", f"a signed quantizer: {_PROFILE}", "refused"),
         Need("static_width", "its bit width is not a constant", "a quantizer of fixed width", "refused"),
         Need("rounds_half_even", "rounding mode {rounding_mode} is ignored: it is built as ROUND", "rounding mode ROUND", "wrong"),
         Need("at_most_8_bits", "it has more than 8 bits", "FINN's max_multithreshold_bit_width, or 8 bits or fewer"),
         Need("one_scale_axis", "its scale varies over several axes", "one scale per tensor, or per channel", "refused"),
-    ), "unsigned codes are taken by this version, not by FINN's development branch of April 2026"),
+    )),
     Rule(("MatMul", "Gemm"), "MVAU", (
         Need("integer_operands", "an operand does not come from a quantizer", f"quantize both operands: {_PROFILE}"),
         Need("scalar_scales", "an activation operand has a scale per channel, which cannot pass the matmul",

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from maskaq_brevitas.export.finn import export_finn
+from maskaq_brevitas.export.finn import verify_finn
 from maskaq_brevitas.export.qcdq import export_qcdq
 from maskaq_brevitas.export.qonnx import export_qonnx
 from maskaq_brevitas.export.torch_formats import export_torch_program
@@ -42,6 +44,7 @@ _ONNX = ("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
 FORMATS = {
     "qonnx": Format("QONNX", "model.onnx", _ONNX, export_qonnx, verify_qonnx),
     "qcdq": Format("QCDQ", "model.qcdq.onnx", _ONNX, export_qcdq, verify_qcdq),
+    "finn": Format("QONNX for FINN", "model.finn.onnx", _ONNX, export_finn, verify_finn),
     "torch-qcdq": Format(
         "torch QCDQ", "model.qcdq.pt", (), export_torch_qcdq, partial(verify_torch_file, kind="torch-qcdq")
     ),
