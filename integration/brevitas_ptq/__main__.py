@@ -4,9 +4,10 @@
     python -m integration.brevitas_ptq --model vit_tiny_patch16_224 --checkpoint vit_tiny.safetensors \\
         --eval-data photos --eval-limit 200 --schemes w4a8 w8a8 --out runs/ptq.json
 
-The synthetic images are made once and serve all cells: the calibration loader of a cell *is* a ``DataFreeCalibrator``. Real
-images are a yardstick. They come from the training split (digits_vit), or, evenly spaced, from the labelled folder, and
-are not evaluated on then. Finished cells are kept in ``--out`` and skipped when the command is started again.
+The synthetic images are made once and serve all cells: the calibration loader of a cell *is* a ``DataFreeCalibrator``.
+Real images are a yardstick. They come from the training split (digits_vit), or, evenly spaced, from the labelled
+folder, and are not evaluated on then. Finished cells are kept in ``--out`` and skipped when the command is started
+again.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def main(arguments: list[str] | None = None) -> str:
     store = CellStore(options.out, {
         "model": options.model, "weights": fingerprint(model), "evaluated_on": len(eval_data), "images": options.images,
         "synthesis": to_mapping(synthesis), "synthesised_against": options.schemes[0], "seed": options.seed,
-        "learned_round_iters": options.learned_round_iters, "threads": options.threads, "versions": installed_versions(),
+        "learned_round_iters": options.learned_round_iters, "threads": options.threads,
+        "versions": installed_versions(),
     })  # fmt: skip
     bench = Bench(float_model=model, eval_data=eval_data, round_iterations=options.learned_round_iters)
     # In synthesis quantizers come into play once (alignment): those of the first scheme.
@@ -126,10 +128,14 @@ def main(arguments: list[str] | None = None) -> str:
                     calibrator.ensure_images()
                 for algorithm, cell in bench.cells(kind, scheme, loaders[images](), missing):
                     store.keep(algorithm, images, kind, scheme, cell)
-                    print(f"{scheme} {images:9} {kind:8} {algorithm:16} {cell['top1']:6.2f} ({cell['seconds']:.0f} s, "
-                          f"{cell['changed']} of {cell['layers']} layers changed)", file=sys.stderr, flush=True)  # fmt: skip
-                    for warning in cell["warnings"]:
-                        print(f"    {warning}", file=sys.stderr)
+                    lines = [
+                        (
+                            f"{scheme} {images:9} {kind:8} {algorithm:16} {cell['top1']:6.2f} ({cell['seconds']:.0f} s, "
+                            f"{cell['changed']} of {cell['layers']} layers changed)"
+                        ),
+                        *cell["warnings"],
+                    ]
+                    print("\n    ".join(lines), file=sys.stderr, flush=True)
     start = time.perf_counter()
     float_top1 = evaluate(model, eval_data).top1
     print(f"float: {float_top1:.2f} ({time.perf_counter() - start:.0f} s)", file=sys.stderr)

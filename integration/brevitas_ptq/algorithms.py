@@ -43,15 +43,15 @@ MODELS: dict[ModelKind, str] = {"brevitas": "Brevitas' layerwise model", "ours":
 def quantized(kind: ModelKind, float_model: nn.Module, scheme: Scheme) -> nn.Module:
     """``float_model`` with quantized layers, not calibrated yet; the float model is not changed.
 
-    Brevitas' model has the options of ``ptq_evaluate``, but one weight scale per channel, and biases in float (as the QCDQ
-    exporter wants them). Its first and last layer have 8 bits where it recognises them: 3 input channels, 1,000 classes.
+    Brevitas' model has the options of ``ptq_evaluate``, but one weight scale per channel, and biases in float (as the
+    QCDQ exporter wants them). First and last layer have 8 bits where it knows them: by 3 input channels, 1,000 classes.
     """
     if kind == "ours":
         return swap_layers(float_model, scheme)[0]
     return quantize_model(
-        copy.deepcopy(float_model), "layerwise", weight_bit_width=scheme.bits.weight, act_bit_width=scheme.bits.activation,
-        bias_bit_width=None, weight_quant_granularity="per_channel", act_quant_percentile=99.999, act_quant_type="sym",
-        scale_factor_type="float_scale", quant_format="int",
+        copy.deepcopy(float_model), "layerwise", weight_bit_width=scheme.bits.weight,
+        act_bit_width=scheme.bits.activation, bias_bit_width=None, weight_quant_granularity="per_channel",
+        act_quant_percentile=99.999, act_quant_type="sym", scale_factor_type="float_scale", quant_format="int",
     )  # fmt: skip
 
 
@@ -90,12 +90,11 @@ def initialise_weight_scales(quant_model: nn.Module, loader: Loader) -> None:
 def learned_round(quant_model: nn.Module, loader: Loader, *, iterations: int) -> None:
     """Brevitas' learned rounding, layer by layer, with the options of ``ptq_evaluate --learned-round hard_sigmoid``."""
     arguments = ["--learned-round", "hard_sigmoid", "--learned-round-iters", str(iterations)]
-    with borrowed_settings():
-        # Importing it sets a global flag of Brevitas, which loading the rounding parameters needs.
-        from brevitas_examples.imagenet_classification.ptq.learned_round_utils import apply_learned_round
+    # Importing it sets a global flag of Brevitas, which loading the rounding parameters needs; see borrowed_settings().
+    from brevitas_examples.imagenet_classification.ptq.learned_round_utils import apply_learned_round
 
-        brevitas.config.IGNORE_MISSING_KEYS = True
-        apply_learned_round(quant_model, loader, create_args_parser().parse_args(arguments))
+    brevitas.config.IGNORE_MISSING_KEYS = True
+    apply_learned_round(quant_model, loader, create_args_parser().parse_args(arguments))
 
 
 def _bias_correction(quant_model: nn.Module, loader: Loader) -> None:
@@ -138,7 +137,8 @@ def _layers(quant_model: nn.Module) -> list[nn.Module]:
 def borrowed_settings() -> Iterator[None]:
     """A context behind which warning filters, random states and Brevitas' global flag are as they were.
 
-    Importing ``ptq_evaluate`` silences all warnings of the process, and its run seeds three generators.
+    Importing ``ptq_evaluate`` silences all warnings of the process, and its run seeds three generators. Layers that
+    Brevitas makes draw weights, which are thrown away, and plain loaders draw a seed whenever they are iterated.
     """
     missing_keys = brevitas.config.IGNORE_MISSING_KEYS
     states = random.getstate(), np.random.get_state()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from integration.brevitas_ptq.algorithms import MODELS, TUNERS, Loader, ModelKind
-from integration.brevitas_ptq.algorithms import calibrated_model, changed_layers, learned_round
+from integration.brevitas_ptq.algorithms import borrowed_settings, calibrated_model, changed_layers, learned_round
 from integration.brevitas_ptq.whole_run import quantize_ptq_imagenet
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
@@ -94,10 +94,10 @@ class Bench:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """A context without Brevitas' prints and bars; what it warns of is recorded."""
+    """A context without Brevitas' prints and bars, that leaves no trace in the process; warnings are recorded."""
     nowhere = io.StringIO()
     with (
-        contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere),
+        borrowed_settings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere),
         warnings.catch_warnings(record=True) as said,
     ):  # fmt: skip
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -14,7 +14,7 @@ from brevitas_examples.imagenet_classification.ptq.ptq_imagenet_args import crea
 from torch import nn
 from torch.utils.data import DataLoader
 
-from integration.brevitas_ptq.algorithms import Loader, ModelKind, borrowed_settings, initialise_weight_scales
+from integration.brevitas_ptq.algorithms import Loader, ModelKind, initialise_weight_scales
 from maskaq_brevitas.config import Scheme
 from maskaq_brevitas.quant.swap import swap_layers
 
@@ -47,9 +47,9 @@ def _attributes(module: ModuleType, **changes: Any) -> Iterator[None]:
 def quantize_ptq_imagenet(
     kind: ModelKind, float_model: nn.Module, scheme: Scheme, loader: Loader, validation: DataLoader
 ) -> tuple[float, float, nn.Module]:
-    """The whole run of Brevitas' script, with its defaults: graph equalization, calibration, bias correction, validation.
+    """Brevitas' script with its defaults: graph equalization, calibration, bias correction, validation.
 
-    The script knows torchvision's models and ImageFolder loaders only. Three attributes of its module say where these come
+    It knows torchvision's models and ImageFolder loaders only. Three attributes of its module say where these come
     from; they are put back. For our quant model a fourth one gives the swap instead of ``quantize_model``; graph
     equalization, which works on the float model, is left out then.
 
@@ -63,6 +63,9 @@ def quantize_ptq_imagenet(
     Returns:
         Top-1 in percent, seconds until validation began, and the quant model.
     """
+    # Importing it silences all warnings of the process, and its run seeds three generators; see borrowed_settings().
+    import brevitas_examples.imagenet_classification.ptq.ptq_evaluate as script
+
     def swapped(_model: nn.Module, **_options: Any) -> nn.Module:
         quant_model = swap_layers(float_model, scheme)[0]
         initialise_weight_scales(quant_model, loader)
@@ -85,10 +88,7 @@ def quantize_ptq_imagenet(
         "--bias-bit-width", "None", "--weight-quant-granularity", "per_channel",
         *(["--graph-eq-iterations", "0"] if kind == "ours" else []),
     ])  # fmt: skip
-    with borrowed_settings():
-        import brevitas_examples.imagenet_classification.ptq.ptq_evaluate as script
-
-        start = time.perf_counter()
-        with _attributes(script, **changes):
-            found, quant_model = script.quantize_ptq_imagenet(args, extra)
+    start = time.perf_counter()
+    with _attributes(script, **changes):
+        found, quant_model = script.quantize_ptq_imagenet(args, extra)
     return found["quant_top1"], timed.asked_at - start, quant_model

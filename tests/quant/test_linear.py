@@ -39,8 +39,8 @@ def layer(kind, inputs, outputs):
     """A quantized layer with fixed weights."""
     channels = inputs if kind is ChannelScaledLinear else None
     found = kind(
-        inputs, outputs, bias=True, weight_quant=weight_quantizer(3, SCHEME), bias_quant=None, return_quant_tensor=False,
-        input_quant=activation_quantizer("signed", 8, SCHEME, channels),
+        inputs, outputs, bias=True, weight_quant=weight_quantizer(3, SCHEME), bias_quant=None,
+        input_quant=activation_quantizer("signed", 8, SCHEME, channels), return_quant_tensor=False,
     )  # fmt: skip
     found.weight.data.copy_(draw(outputs, inputs, seed=outputs))
     found.bias.data.zero_()

@@ -1,4 +1,4 @@
-"""W4A8 of a timm model with Brevitas: MODEL CHECKPOINT FOLDER, with images in FOLDER/calibration and FOLDER/validation."""
+"""W4A8 of a timm model with Brevitas: MODEL CHECKPOINT FOLDER (images in FOLDER/calibration, FOLDER/validation)."""
 
 import copy
 import sys
