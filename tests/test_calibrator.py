@@ -330,6 +330,7 @@ def test_save_and_load(tiny_vit, tmp_path):
 
 def test_load_of_a_run_from_before_an_option_of_schemes(tiny_vit, tmp_path):
     calibrator = make(tiny_vit)
+    calibrator.calibrate()
     calibrator.save(tmp_path / "run")
     identity = json.loads((tmp_path / "run" / "run.json").read_text())
     text = json.dumps(identity)

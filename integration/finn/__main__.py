@@ -1,11 +1,11 @@
-"""A data-free quantized Vision Transformer through FINN's front end: what lands on hardware, what it computes, what it costs.
+"""A data-free quantized Vision Transformer through FINN: what lands on hardware, what it computes, what it costs.
 
     python -m integration.finn --model digits_vit --scheme w4a4
     python -m integration.finn --variants
 
-The model is quantized here, with the restrictions of FINN in the scheme, and exported; FINN+ runs in an environment of its own,
-which is made at the first call unless one is named. Nothing of Vivado or Vitis is needed: the graph of hardware operators is
-executed by FINN's Python, up to the estimate reports.
+The model is quantized here, with the restrictions of FINN in the scheme, and exported; FINN+ runs in an environment of
+its own, which is made at the first call unless one is named. Nothing of Vivado or Vitis is needed: the graph of hardware
+operators is executed by FINN's Python, and the build steps go up to the estimate reports.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nlint: {lint_text(lint, only_verdict=True)}", flush=True)
     images = torch.stack([data[index][0] for index in range(options.samples)])
     write_reference(quant_model, images, options.out / "reference.npz", options.cut)
-    result = run_frontend(python, {"model": {**_request(options, path, options.cut), "sample": str(options.out / "reference.npz")}})
+    request = {**_request(options, path, options.cut), "sample": str(options.out / "reference.npz")}
+    result = run_frontend(python, {"model": request})
     passed = report(result["model"], lint, options)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; files and FINN's reports are in {options.out}")
     return 0 if passed else 1
@@ -112,7 +113,8 @@ def quantized(
 def report(result: dict[str, Any], lint: FinnLint, options: argparse.Namespace) -> bool:
     """Print what FINN found; whether everything landed, is equal to PyTorch, and was predicted."""
     nodes, unmapped = result["nodes"], result["unmapped"]
-    print(f"\nFINN+ {result['versions']['finn-plus']}, {options.part}: {nodes - len(unmapped)} of {nodes} nodes on hardware operators")
+    version = result["versions"]["finn-plus"]
+    print(f"\nFINN+ {version}, {options.part}: {nodes - len(unmapped)} of {nodes} nodes on hardware operators")
     print("  " + ", ".join(f"{count} {name}" for name, count in result["operators"].items()))
     for operator, name in unmapped:
         print(f"  left: {operator} ({name})")
@@ -133,7 +135,8 @@ def report(result: dict[str, Any], lint: FinnLint, options: argparse.Namespace) 
         speed, area = result["estimates"]["performance"], result["estimates"]["resources"]
         print(
             f"estimated at {1e3 / options.clock:.0f} MHz: {speed['estimated_throughput_fps']:.0f} images/s, latency "
-            f"{speed['estimated_latency_ns'] / 1e6:.2f} ms; " + ", ".join(f"{value:,.0f} {name}" for name, value in area.items())
+            f"{speed['estimated_latency_ns'] / 1e6:.2f} ms; "
+            + ", ".join(f"{value:,.0f} {name}" for name, value in area.items())
         )
     lands = not result["failed"] and not unmapped
     agreed = lands == lint.lands

@@ -53,7 +53,9 @@ def environment_python(named: Path | None, make_at: Path | None) -> Path:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found is None or found.returncode:
         reason = "no bin/python there" if found is None else found.stderr.strip().splitlines()[-1]
-        raise ConfigurationError(f"Expected {' and '.join(PACKAGES)} in {folder}, got: {reason}. Install them there with pip.")
+        raise ConfigurationError(
+            f"Expected {' and '.join(PACKAGES)} in {folder}, got: {reason}. Install them there with pip."
+        )
     return python
 
 
@@ -89,6 +91,8 @@ def run_frontend(python: Path, requests: dict[str, dict[str, Any]]) -> dict[str,
     for name, request in requests.items():
         path = Path(request["output"]) / "RESULT.json"
         if not path.exists():
-            raise ExportError(f"FINN's front end ended without a result for {name} (status {process.returncode}); see {log}.")
+            raise ExportError(
+                f"FINN's front end ended without a result for {name} (status {process.returncode}); see {log}."
+            )
         results[name] = json.loads(path.read_text())
     return results

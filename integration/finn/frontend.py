@@ -1,8 +1,8 @@
 """FINN's front end on one file; runs in FINN's own environment, knows nothing of this package.
 
-``python frontend.py REQUEST.json ...`` reads of each request ``model``, ``output``, ``part``, ``target_fps``, ``clock_ns`` and, optionally,
-``sample`` (an ``.npz``, see :mod:`integration.finn.reference`), and writes ``RESULT.json`` into the folder ``output``.
-The build steps are FINN's own, in the order of its estimate-only flow.
+``python frontend.py REQUEST.json ...`` reads of each request ``model``, ``output``, ``part``, ``target_fps``, ``clock_ns``
+and, optionally, ``sample`` (an ``.npz``, see :mod:`integration.finn.reference`), and writes ``RESULT.json`` into the folder
+``output``. The build steps are FINN's own, in the order of its estimate-only flow.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def sample_path(path: str | os.PathLike[str]) -> Path:
 
 
 def verify_finn(path: str | os.PathLike[str], quant_model: nn.Module, images: Tensor, **options: Any) -> QonnxCheck:
-    """Execute a file of the cut ``"full"`` with qonnx and compare it, quantizer by quantizer, with the model's form in PyTorch.
+    """Execute a file of the cut ``"full"`` with qonnx and compare it in step with the model's form in PyTorch.
 
     Arguments, verdict and errors are those of :func:`~maskaq_brevitas.export.verify_qonnx`.
     """

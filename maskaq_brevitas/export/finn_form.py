@@ -1,11 +1,11 @@
 """A quant model written out as FINN wants it: the same codes everywhere, in a graph that maps to hardware operators.
 
-FINN takes less than Brevitas computes. The restrictions that cost accuracy (signed quantizers without zero point, one scale
-per tensor, patch tokens on an integer grid) belong to the schemes ``finn-wXaY``, so that calibration and tuning see them. What
-is left is a matter of form, and is done here, on a copy:
+FINN takes less than Brevitas computes. The restrictions that cost accuracy (signed quantizers without zero point, one
+scale per tensor, patch tokens on an integer grid) belong to the schemes ``finn-wXaY``, so that calibration and tuning see
+them. What is left is a matter of form, and is done here, on a copy:
 
 - the fused qkv becomes three linear layers behind one quantizer, and 1/sqrt(head_dim) goes into those of q;
-- that quantizer has scale 1, and its own scale goes into the three weights: FINN moves a scale past a matmul, not past a fork;
+- that quantizer has scale 1, and its own scale goes into the three weights: FINN moves scales past matmuls, not forks;
 - the batch is 1, and the heads are the leading dimension of the attention matmuls;
 - the affine part of a LayerNorm follows it as a multiplication and an addition: in one node with it, FINN drops the bias;
 - prefix tokens are inserted as zeros on the integer grid of the patch tokens; their values sit in the position embedding;
@@ -25,6 +25,7 @@ from brevitas.nn import QuantLinear
 from brevitas.quant import Int8ActPerTensorFloat
 from brevitas.quant import Int8WeightPerChannelFloat
 from timm.layers import Mlp
+from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -32,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ExportError
-from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.families import EXPLICIT_FORMS
 from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.snapshot import integer_bounds
 
@@ -92,9 +93,9 @@ class _Norm(nn.Module):
 class _Attention(nn.Module):
     """Self-attention on ``(1, tokens, dim)`` with three linear layers."""
 
-    def __init__(self, source: ExplicitAttention):
+    def __init__(self, source: nn.Module):
         super().__init__()
-        self.heads, self.head_dim = source.num_heads, source.head_dim
+        self.heads, self.head_dim = source.num_heads, source.qkv.out_features // (3 * source.num_heads)
         self.register_buffer("input_scale", source.qkv.input_quant.scale().detach().reshape(()))
         self.input = _activation(source.qkv.input_quant, scale=1.0)
         codes, scale = _codes(source.qkv)
@@ -261,13 +262,13 @@ def _problems(model: nn.Module, cut: Cut):
 
 
 def _block_problems(block: nn.Module):
-    if type(block) is not Block or not isinstance(block.attn, ExplicitAttention) or type(block.mlp) is not Mlp:
+    if type(block) is not Block or type(block.attn) is not EXPLICIT_FORMS[Attention] or type(block.mlp) is not Mlp:
         yield f": {type(block).__name__} with {type(block.attn).__name__} has no form for FINN"
         return
     for part in ("q_norm", "k_norm", "norm"):
-        if not isinstance(getattr(block.attn, part), nn.Identity):
+        if not isinstance(getattr(block.attn, part, None), (nn.Identity, type(None))):
             yield f"attn.{part}: a norm inside attention has no form for FINN"
-    if block.attn.gate is not None:
+    if getattr(block.attn, "gate", None) is not None:
         yield "attn.gate: gated attention has no form for FINN"
     if not isinstance(block.mlp.act, (nn.ReLU, nn.GELU)) or getattr(block.mlp.act, "approximate", "none") != "none":
         yield f"mlp.act: {block.mlp.act} has no operator (GELU without approximation and ReLU have)"

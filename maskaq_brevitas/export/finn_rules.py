@@ -1,4 +1,4 @@
-"""What FINN maps to hardware operators, as data: one rule per ONNX operator, read in the sources of one version and run on it.
+"""What FINN maps to hardware operators, as data: one rule per ONNX operator, of one version, run on that version.
 
 Each rule names the hardware operator, and what a node has to fulfil; ``check`` names a function of
 :mod:`maskaq_brevitas.export.finn_lint`. For another version of FINN, another table is added here.
@@ -46,7 +46,8 @@ RULES = (
     Rule(("Quant",), "Thresholding", (
         Need("zero_point_is_0", "its zero point is not 0", f"a signed quantizer: {_PROFILE}", "refused"),
         Need("static_width", "its bit width is not a constant", "a quantizer of fixed width", "refused"),
-        Need("rounds_half_even", "rounding mode {rounding_mode} is ignored: it is built as ROUND", "rounding mode ROUND", "wrong"),
+        Need("rounds_half_even", "rounding mode {rounding_mode} is ignored: it is built as ROUND", "rounding mode ROUND",
+             "wrong"),
         Need("at_most_8_bits", "it has more than 8 bits", "FINN's max_multithreshold_bit_width, or 8 bits or fewer"),
         Need("one_scale_axis", "its scale varies over several axes", "one scale per tensor, or per channel", "refused"),
     )),
@@ -66,8 +67,9 @@ RULES = (
     Rule(("LayerNormalization",), "LayerNorm", (
         Need("normalises_last_axis", "it normalises over more than the last axis", "channels last"),
         Need("unit_norm_scale", "its scale is in the node", f"the scale as a multiplication behind it: {_PROFILE}"),
-        Need("has_norm_bias", "it has no bias input (FINN compares it with 0 and gives up without)", f"a bias of zeros: {_PROFILE}"),
-        Need("zero_norm_bias", "its bias is dropped without a word", f"the bias as an addition behind it: {_PROFILE}", "wrong"),
+        Need("has_norm_bias", "it has no bias input (FINN gives up without one)", f"a bias of zeros: {_PROFILE}"),
+        Need("zero_norm_bias", "its bias is dropped without a word", f"the bias as an addition behind it: {_PROFILE}",
+             "wrong"),
     )),
     Rule(("Softmax",), "HWSoftmax", (
         Need("works_on_last_axis", "it is built for the last axis whatever its axis", "softmax over the last axis", "wrong"),
@@ -89,8 +91,8 @@ RULES = (
         Need("integer_data", "what it splits does not come from a quantizer", "a quantizer in front of the split"),
     )),
     Rule(("Concat",), "Pad1D or StreamingConcat", (
-        Need("pads_tokens_or_joins_channels", "it neither puts constant tokens beside streamed ones (axis 1, batch 1) nor joins "
-             "channels", "the class token as a constant: --target finn, or the cut 'encoder'"),
+        Need("pads_tokens_or_joins_channels", "it neither puts constant tokens beside streamed ones (axis 1, batch 1) nor "
+             "joins channels", "the class token as a constant: --target finn, or the cut 'encoder'"),
         Need("one_integer_grid", "its operands are not on one integer grid of scale 1",
              "quantizers of scale 1 on all operands: --target finn, or the cut 'encoder'"),
     )),

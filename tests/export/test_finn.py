@@ -126,7 +126,8 @@ def test_a_wrong_weight_in_the_file_is_found(quant_model, tmp_path):
     path = tmp_path / "model.onnx"
     export_finn(quant_model, path, input_shape=SHAPE)
     graph = onnx.load(path)
-    weight = next(tensor for tensor in graph.graph.initializer if list(tensor.dims) == [32, 64] or list(tensor.dims) == [128, 32])
+    shapes = ([128, 32], [32, 128])
+    weight = next(tensor for tensor in graph.graph.initializer if list(tensor.dims) in shapes)
     changed = onnx.numpy_helper.to_array(weight).copy()
     changed[:, :4] = -changed[:, :4]
     weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))

@@ -83,7 +83,8 @@ def small(node, *constants, shape=(1, 4, 8)):
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
     graph = helper.make_graph([node], "small", [given], [output], initializer=list(constants))
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("qonnx.custom_op.general", 2)])
+    versions = {"": 20, "qonnx.custom_op.general": 2}
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid(*entry) for entry in versions.items()])
 
 
 def constant(name, value, dims=()):

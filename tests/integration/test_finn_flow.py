@@ -17,7 +17,7 @@ from maskaq_brevitas.export import lint_finn
 from maskaq_brevitas.export.finn_form import finn_form
 
 needs_finn = pytest.mark.skipif(
-    not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no environment with finn-plus (6 GB; see integration/finn/README.md)"
+    not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no environment with finn-plus (see integration/finn/README.md)"
 )
 #: Verdicts that take FINN seconds each, one per way to fail.
 CHOSEN = ("profile", "encoder", "zero-point", "fork-scale", "erf")
