@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskaq_brevitas.calibrator import DataFreeCalibrator
     from maskaq_brevitas.config import DistillConfig, ReconstructConfig, Scheme, SynthesisConfig, resolve_scheme
+    from maskaq_brevitas.models.fx import prepare_for_fx
     from maskaq_brevitas.models.zoo import load_model
 
-__all__ = ["DataFreeCalibrator", "DistillConfig", "ReconstructConfig", "Scheme", "SynthesisConfig", "load_model", "resolve_scheme"]
+__all__ = [
+    "DataFreeCalibrator",
+    "DistillConfig",
+    "ReconstructConfig",
+    "Scheme",
+    "SynthesisConfig",
+    "load_model",
+    "prepare_for_fx",
+    "resolve_scheme",
+]
 __version__ = "0.1.0"
 
 # Imported at first use: Brevitas and timm take seconds, and ``maskaq --help`` needs neither.
@@ -23,6 +33,7 @@ _HOMES = {
     "Scheme": "config",
     "SynthesisConfig": "config",
     "load_model": "models.zoo",
+    "prepare_for_fx": "models.fx",
     "resolve_scheme": "config",
 }
 

@@ -21,12 +21,15 @@ from maskaq_brevitas.config import (
     Scheme,
     SynthesisConfig,
     TuningConfig,
+    from_mapping,
     resolve_effort,
     resolve_scheme,
     to_mapping,
 )
-from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.errors import ConfigurationError, InputError, ModelError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
+from maskaq_brevitas.models.token_choice import check_token_choice
 from maskaq_brevitas.progress import bars, random_stream, stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
@@ -35,7 +38,7 @@ from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_v
 from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batches, drop_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.allocate import allocate_widths, candidate_widths
-from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration
+from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration, returned_quant_tensors
 from maskaq_brevitas.tuning.checkpoint import load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory, augment
 from maskaq_brevitas.tuning.distill_stage import DistillStage, refresh_is_due
@@ -55,7 +58,8 @@ class DataFreeCalibrator(DataLoader):
 
     Args:
         float_model: trained float model of a registered family (timm ViT, DeiT ...). It is not changed.
-        quant_model: a Brevitas model of it that exists already; ``None`` swaps the layers by ``scheme``.
+        quant_model: a Brevitas model of it that exists already, FX-traced (``brevitas.graph.quantize``) or not;
+            ``None`` swaps the layers by ``scheme``.
         scheme: name (``"w4a8"``, ``"strict-w4a4"`` ...) or :class:`~maskaq_brevitas.config.Scheme`.
         overrides: shell pattern of layer names -> ``wXaY``.
         effort: ``"fast"`` (calibration only), ``"default"`` or ``"best"``: sets ``num_images``, ``synthesis`` and
@@ -78,7 +82,8 @@ class DataFreeCalibrator(DataLoader):
     Raises:
         ConfigurationError: unknown scheme or pattern, or a loader argument that would break the contract.
         InputError: if ``num_images`` is below 1.
-        ModelError: if the model has no known attention.
+        ModelError: if the model has no known attention, its family is refused, or needs all of its tokens and
+            ``kept_tokens`` says otherwise.
 
     Example:
         >>> from maskaq_brevitas import DataFreeCalibrator, load_model
@@ -125,13 +130,17 @@ class DataFreeCalibrator(DataLoader):
         synthesis = synthesis or SynthesisConfig(steps=work.steps, procedural_share=work.procedural_share)
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
-        self.tuning = _tunings(work.tuning if tuning is None else tuning)
+        self.tuning = _tunings(_fitting(work.tuning, float_model) if tuning is None else tuning)
+        if synthesis.kept_tokens < 1 or any(getattr(config, "kept_tokens", 1) < 1 for config in self.tuning):
+            check_token_choice(float_model)
         self.seed = seed
         self.device = torch.device(device) if device is not None else next(float_model.parameters()).device
         self.progress = progress
         self.swap_record: SwapRecord | None = None
         self._owns_quant_model = quant_model is None
         self._given_quant_model = None if quant_model is None else fingerprint(quant_model)
+        # Iterating may come in the middle of Brevitas' calibration mode, which switches these flags.
+        self._returned = {} if quant_model is None else returned_quant_tensors(quant_model)
         if quant_model is None:
             quant_model, self.swap_record = swap_layers(float_model, self.scheme, self.overrides)
         self._quant_model = quant_model.to(self.device)
@@ -242,6 +251,7 @@ class DataFreeCalibrator(DataLoader):
         Raises:
             ConfigurationError: if the constructor was given another tuning.
             RunDirectoryError: if the run directory holds a run with another tuning.
+            ModelError: if a tuning compares blocks, and the quant model that was given has none (FX-traced).
             TuningError: if the loss stays non-finite for a whole epoch.
         """
         tunings = _tunings(tuning) or self.tuning
@@ -251,6 +261,8 @@ class DataFreeCalibrator(DataLoader):
             )
         if not tunings:
             return self.calibrate()
+        if any(isinstance(config, ReconstructConfig) or config.feature_weight > 0 for config in tunings):
+            block_names(self._quant_model)  # refuses a model without blocks before the images are made
         if self.run is not None:
             self.run.claim("tuning.json", _described(tunings))
         self.ensure_images()
@@ -345,14 +357,14 @@ class DataFreeCalibrator(DataLoader):
             raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
         quant_model = self._swapped(self.scheme, {**self.allocated, **self.overrides})
         self._calibrated(quant_model, list(images.to(self.device).split(self.batch_size or 16)))
-        return frozen_snapshot(quant_model)
+        return frozen_snapshot(quant_model, self.geometry.input_size)
 
     def freeze(self) -> nn.Module:
         """A copy of the quant model for fast inference: weights quantized once, scales fixed, no gradients.
 
         Its outputs equal the quant model's bit for bit; it holds no Brevitas quantizers, so export the quant model.
         """
-        return frozen_snapshot(self._quant_model)
+        return frozen_snapshot(self._quant_model, self.geometry.input_size)
 
     # -- persistence --------------------------------------------------------------------------------------------
 
@@ -399,6 +411,8 @@ class DataFreeCalibrator(DataLoader):
         run = self.run
         if path is not None:
             found = RunDirectory.read_identity(path)
+            # A run may be older than an option of schemes, which it has at its default then.
+            found["scheme"] = to_mapping(from_mapping(Scheme, found["scheme"])) if "scheme" in found else None
             for key in ("scheme", "overrides", "num_images", "held_back", "weights"):
                 if found.get(key) != json.loads(json.dumps(self.identity()[key])):
                     raise RunDirectoryError(
@@ -492,7 +506,7 @@ class DataFreeCalibrator(DataLoader):
         if self.synthesis.align_weight == 0:
             return None
         if is_calibrated(self._quant_model):
-            return frozen_snapshot(self._quant_model)
+            return frozen_snapshot(self._quant_model, self.geometry.input_size)
         return self._provisional_snapshot([self.maker.warm_up()])
 
     def _provisional_snapshot(self, batches: list[Tensor]) -> nn.Module:
@@ -504,9 +518,9 @@ class DataFreeCalibrator(DataLoader):
         if self._owns_quant_model:
             quant_model = self._swapped(self.scheme, self.overrides)
             self._calibrated(quant_model, batches)
-            return frozen_snapshot(quant_model)
-        with provisional_calibration(self._quant_model, batches) as quant_model:
-            return frozen_snapshot(quant_model)
+            return frozen_snapshot(quant_model, self.geometry.input_size)
+        with provisional_calibration(self._quant_model, batches, self._returned) as quant_model:
+            return frozen_snapshot(quant_model, self.geometry.input_size)
 
     def _tuning_stage(
         self, index: int, config: TuningConfig, optimizer: OptimizerFactory | None
@@ -543,6 +557,15 @@ def _tunings(tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple[Tuni
         if type(config) not in _KINDS:
             raise ConfigurationError(f"tuning: expected DistillConfig or ReconstructConfig, got {config!r}.")
     return found
+
+
+def _fitting(tuning: DistillConfig | None, model: nn.Module) -> DistillConfig | None:
+    """The tuning of an effort, with all tokens where the model needs all."""
+    try:
+        check_token_choice(model)
+    except ModelError:
+        return None if tuning is None else replace(tuning, kept_tokens=1.0)
+    return tuning
 
 
 def _described(tunings: tuple[TuningConfig, ...]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``maskaq`` with the arguments given (default: those of the process); return its exit status.
 
-    0 after success; 2 after an error of this package or of the file system, printed as one line; 130 when interrupted.
+    0 after success; 1 if ``lint-finn`` finds what FINN does not map; 2 after an error of this package or of the file system, printed as one line; 130 when interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _quiet_dependencies():
             from maskaq_brevitas import commands
 
-            getattr(commands, given[0])(options)
-        return 0
+            status = getattr(commands, given[0].replace("-", "_"))(options)
+        return status or 0
     except (MaskAQError, OSError) as error:
         print(f"maskaq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

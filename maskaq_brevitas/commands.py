@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,27 @@ from maskaq_brevitas.errors import (
     RunDirectoryError,
 )
 from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measure_accuracy, labelled_folder
-from maskaq_brevitas.export import QonnxCheck, QonnxModel, export_qonnx, verify_qonnx
+from maskaq_brevitas.export import FORMATS, ModelCard, QcdqModel, QonnxCheck, QonnxModel, model_card, write_card
+from maskaq_brevitas.export.finn import write_finn_sample
+from maskaq_brevitas.export.finn_lint import lint_finn as judge_for_finn
+from maskaq_brevitas.export.finn_lint import lint_text
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.models.families import FAMILIES
+from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
 from maskaq_brevitas.options import read_saved, to_yaml
 from maskaq_brevitas.progress import bars
+from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
+from maskaq_brevitas.support import check_support, recorded_support, refusals
 from maskaq_brevitas.synthesis.augment import pixel_noise
+from maskaq_brevitas.synthesis.memory import auto_batch_size
 from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
-__all__ = ["evaluate", "export", "quantize", "sensitivity"]
+__all__ = ["evaluate", "export", "lint_finn", "models", "quantize", "sensitivity"]
 
 _SPLIT_SEED = 2_000_003
 
@@ -56,12 +65,17 @@ def quantize(options: Namespace) -> None:
     """
     out, mode = Path(options.out), "overwrite" if options.overwrite else "resume" if options.resume else "new"
     _resolve_paths(options)
+    automatic = options.batch_size == "auto"
+    options.batch_size = 16 if automatic else options.batch_size
     calibration = _calibrator_options(options)
     if not options.no_export:
-        require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
+        require(*FORMATS[options.format].packages)
     if mode == "new" and out.exists() and (out.is_file() or any(out.iterdir())):
         RunDirectory(out, {}, mode)  # says why it is refused
     model = load_model(options.model, checkpoint=options.checkpoint)
+    if automatic:
+        options.batch_size = _fitting_batch(model, calibration["device"])
+        calibration = _calibrator_options(options)
     calibrator = DataFreeCalibrator(model, **calibration)
     if mode == "resume" and out.is_dir():
         calibrator.run = RunDirectory(out, calibrator.identity(), mode)  # another configuration is refused at once
@@ -79,19 +93,19 @@ def quantize(options: Namespace) -> None:
     if data.evaluation is not None:
         with calibrator.stage("evaluation and baselines"):
             rows += _compared_rows(calibrator, real, data, options)
-    check = failure = None
+    check = card = failure = None
     if not options.no_export:
         with calibrator.stage("export and check"):
             try:
-                check = _export(calibrator, out / "model.onnx", options.batch)
+                check, card = _export(calibrator, out / FORMATS[options.format].file_name, options.format, options.batch)
             except ExportError as error:  # the rest of the run is worth a report
                 failure = error
-    report = calibrator.report(rows=rows, qonnx_check=check, title=f"{options.model}, {options.scheme}")
+    report = calibrator.report(rows=rows, qonnx_check=check, model_card=card, title=f"{options.model}, {options.scheme}")
     try:
         report.save(out)
     except MissingExtraError as error:
         print(f"maskaq: warning: {out}/images.png is left out. {error}", file=sys.stderr)
-    _print_result(report, calibrator, check, out)
+    _print_result(report, calibrator, check, options.format, out)
     if failure is not None:
         raise failure
 
@@ -113,15 +127,28 @@ def evaluate(options: Namespace) -> None:
     models = {"float": calibrator.float_model, "quantized": calibrator.freeze()}
     if options.onnx is not None:
         require("onnx", "onnxruntime", "qonnx")
-        models["QONNX file"] = QonnxModel(options.onnx, calibrator.geometry.input_size)
+        models["ONNX file"] = _onnx_model(options.onnx, calibrator.geometry.input_size)
     found = {name: _measured(model, data, saved) for name, model in models.items()}
     print(f"{saved.model}, {saved.scheme}\n")
     print(text_table(
         ["model", "top-1 [%]", "images"], [[name, f"{row.top1:.2f}", row.images] for name, row in found.items()]
     ))  # fmt: skip
     if options.onnx is not None:
-        equal = found["QONNX file"].predictions == found["quantized"].predictions
-        print(f"\nQONNX file and quantized model: equal top-1 on {int(equal.sum())} of {len(equal)} images")
+        equal = found["ONNX file"].predictions == found["quantized"].predictions
+        print(f"\nONNX file and quantized model: equal top-1 on {int(equal.sum())} of {len(equal)} images")
+
+
+def _onnx_model(path: str, shape: tuple[int, ...]) -> nn.Module:
+    """A file as a module, executed by what its operators ask for: qonnx for Quant nodes, else ONNX Runtime."""
+    import onnx
+
+    try:
+        domains = {entry.domain for entry in onnx.load(path).opset_import}
+    except Exception as error:
+        raise ExportError(
+            f"Expected a QONNX or QCDQ file at {path}, got {type(error).__name__}: {error}. Write it with 'maskaq export'."
+        ) from error
+    return QonnxModel(path, shape) if any(domain.startswith("qonnx") for domain in domains) else QcdqModel(path, shape)
 
 
 def export(options: Namespace) -> None:
@@ -130,12 +157,25 @@ def export(options: Namespace) -> None:
     Raises:
         MaskAQError: for bad input, see the messages; ExportError if the file does not compute what the model computes.
     """
-    require("onnx", "onnxoptimizer", "onnxruntime", "qonnx")
+    require(*FORMATS[options.format].packages)
     saved = _saved_options(options, quiet=True)
     calibrator = _load_run(options.run, saved)
-    output = Path(options.output) if options.output is not None else Path(options.run) / "model.onnx"
-    check = _export(calibrator, output, options.batch)
+    output = Path(options.output or Path(options.run) / FORMATS[options.format].file_name)
+    check, card = _export(calibrator, output, options.format, options.batch)
     print(f"{output}\n{_check_line(check)}")
+    if card is not None:
+        print(f"{card.macs / 1e6:.1f} MMACs, {card.bops / 1e9:.3f} GBOPs, weights {card.weight_bits / 8e6:.3f} MB")
+
+
+def lint_finn(options: Namespace) -> int:
+    """Print what FINN would make of a QONNX file; 0 if every node becomes hardware, else 1.
+
+    Raises:
+        MaskAQError: if the file cannot be read.
+    """
+    lint = judge_for_finn(options.file)
+    print(lint_text(lint, every_node=options.all, only_verdict=options.quiet))
+    return 0 if lint.lands else 1
 
 
 def sensitivity(options: Namespace) -> None:
@@ -151,18 +191,42 @@ def sensitivity(options: Namespace) -> None:
     images = calibrator.pool.images()[: options.images].to(calibrator.device)
     names = Switches(calibrator.quant_model).names
     group = {"kind": place_kinds, "layer": place_layers, "block": place_blocks}[options.by]
-    groups = {**group(names), "all": names}
+    groups: dict[str, Sequence[str]] = {**group(names), "none": (), "all": names}
     with bars(not options.quiet)(len(groups), "Measuring") as bar:
         found = measure_sensitivity(
             calibrator.quant_model, calibrator.maker.float_snapshot, images.split(saved.batch_size), groups,
             on_group=lambda _: bar.update(),
         )  # fmt: skip
-    found = [*sorted(found[:-1], key=lambda entry: -entry.divergence), found[-1]]
+    found = [*sorted(found[:-2], key=lambda entry: -entry.divergence), *found[-2:]]
     print(f"{saved.model}, {saved.scheme}: one {options.by} quantized, all else in float, {len(images)} synthetic images\n")
     print(text_table(
         [options.by, "quantizers", "KL divergence from float [nats]", "equal top-1 [%]"],
         [[entry.name, entry.places, f"{entry.divergence:.4f}", f"{100 * entry.agreement:.1f}"] for entry in found],
     ))  # fmt: skip
+
+
+def models(options: Namespace) -> None:
+    """Print what works for each architecture family.
+
+    Raises:
+        ConfigurationError: if no family or example has the text in its name.
+    """
+    rows = recorded_support()
+    wanted = (options.family or "").lower()
+    rows = [row for row in rows if wanted in row.family.lower() or wanted in row.example.lower()]
+    if not rows:
+        known = ", ".join(dict.fromkeys(row.family for row in recorded_support()))
+        raise ConfigurationError(f"Expected a text that is part of a family's name ({known}), got {options.family!r}.")
+    if options.check:
+        families = {family.name: family for family in FAMILIES}
+        rows = [check_support(families[row.family], row.example).row for row in rows]
+    titles = ["family", "example", "swapped", "MACs quantized", "taps", "FX", "QONNX", "ONNX Runtime"]
+    print(text_table(titles, [list(vars(row).values()) for row in rows], right=()))
+    print("\nMeasured on small models of these architectures, with random weights.")
+    if not wanted:
+        print("Known, and refused:")
+        for reason in refusals():
+            print(f"- {reason}")
 
 
 def _resolve_paths(options: Namespace) -> None:
@@ -209,6 +273,11 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
         device=_device(options.device),
         progress=not options.quiet,
     )
+
+
+def _fitting_batch(model: nn.Module, device: torch.device) -> int:
+    image = torch.zeros(1, *read_geometry(model).input_size, device=device)
+    return auto_batch_size(float_snapshot(model).to(device), image)
 
 
 def _device(name: str) -> torch.device:
@@ -287,18 +356,28 @@ def _noise(calibrator: DataFreeCalibrator, count: int, seed: int) -> Tensor:
     return pixel_noise(shape, low, high, torch.Generator().manual_seed(_SPLIT_SEED + seed))
 
 
-def _export(calibrator: DataFreeCalibrator, path: Path, batch: str) -> QonnxCheck:
-    """Write the QONNX file and execute it on the held-back images; one that fails the check never gets its name."""
+def _export(
+    calibrator: DataFreeCalibrator, path: Path, kind: str, batch: str
+) -> tuple[QonnxCheck, ModelCard | None]:
+    """Write the file and execute it on the held-back images; one that fails the check never gets its name.
+
+    A QONNX file gets its card beside it, one for FINN a sample of its input and output.
+    """
     images = (calibrator.held_back or calibrator.pool).images()
     checks = []
 
     def write(aside: Path) -> None:
         shape = calibrator.geometry.input_size
-        export_qonnx(calibrator.quant_model, aside, input_shape=shape, dynamic_batch=batch == "dynamic")
-        checks.append(verify_qonnx(aside, calibrator.quant_model, images))
+        FORMATS[kind].export(calibrator.quant_model, aside, input_shape=shape, dynamic_batch=batch == "dynamic")
+        checks.append(FORMATS[kind].verify(aside, calibrator.quant_model, images))
 
     write_whole(path, write)
-    return checks[0]
+    card = model_card(path) if kind == "qonnx" else None
+    if card is not None:
+        write_card(card, path)
+    if kind == "finn":
+        write_finn_sample(calibrator.quant_model, path, images[:1])
+    return checks[0], card
 
 
 def _saved_options(options: Namespace, *, quiet: bool = False) -> Namespace:
@@ -340,7 +419,9 @@ def _check_line(check: QonnxCheck) -> str:
     return text
 
 
-def _print_result(report: Report, calibrator: DataFreeCalibrator, check: QonnxCheck | None, out: Path) -> None:
+def _print_result(
+    report: Report, calibrator: DataFreeCalibrator, check: QonnxCheck | None, kind: str, out: Path
+) -> None:
     """The one table of the main job."""
     cost = report.cost
     rows: list[list[Any]] = [
@@ -353,7 +434,7 @@ def _print_result(report: Report, calibrator: DataFreeCalibrator, check: QonnxCh
     rows.append(["size", f"{cost.bytes_quantized / 1e6:.3f} MB", f"float32: {cost.bytes_float32 / 1e6:.3f} MB"])
     rows.append(["GBOPs per image", f"{cost.bops / 1e9:.3f}", f"float32: {cost.bops_float32 / 1e9:.3f}"])
     if check is not None:
-        rows.append(["QONNX check", "passed" if check.passed else "FAILED", _check_line(check).partition(": ")[2]])
+        rows.append([f"{FORMATS[kind].title} check", "passed" if check.passed else "FAILED", _check_line(check).partition(": ")[2]])
     titles = [report.title, "top-1" if report.accuracy else "", ""]
     print(text_table(titles, rows, right=(1,)))
     seconds = sum(stage["seconds"] for stage in calibrator.stages)

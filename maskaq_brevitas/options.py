@@ -22,8 +22,13 @@ COMMANDS = {
     "quantize": "quantize a model without data: synthesise, calibrate, tune, evaluate, export, report",
     "evaluate": "accuracy of the float and the quantized model of a run, on labelled images",
     "sensitivity": "what each kind of quantizer of a run costs by itself, measured on its synthetic images",
+    "lint-finn": "would FINN map a QONNX file to hardware: node by node, and if not why and what changes that; needs no FINN",
     "export": "write the quantized model of a run as a file for other tools, and check the file by executing it",
+    "models": "the architecture families that are known, and what works for each",
 }
+
+#: What follows the name of a command, if it is no RUN.
+_ARGUMENTS = {"quantize": "MODEL", "models": "[FAMILY]", "lint-finn": "FILE.onnx"}
 
 #: Configuration classes that appear as ``--PREFIX.KEY``, and the keys that have a short option instead.
 _SECTIONS = {
@@ -77,6 +82,9 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
         return options
 
     options = parsed()
+    if getattr(options, "target", None) == "finn":
+        parser.set_defaults(format="finn")
+        options = parsed()
     if command == "quantize":
         # The effort sets the defaults of other options, and what is said of those still counts.
         parser.set_defaults(**_effort_values(options.effort))
@@ -85,6 +93,8 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
             raise ConfigurationError("Expected a MODEL, got none: name one, or give a --config that does.")
         if options.overwrite and options.resume:
             raise ConfigurationError("Expected --overwrite or --resume, got both. Choose one.")
+        if options.target == "finn" and re.fullmatch(r"w\da\d", options.scheme):
+            options.scheme = f"finn-{options.scheme}"
         if options.out is None:
             options.out = f"runs/{options.model}-{options.scheme}"
     return options
@@ -114,7 +124,7 @@ def to_yaml(options: argparse.Namespace) -> str:
 def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
     """The parser of one command, and its options by their name in YAML."""
     parser = _Parser(
-        prog=f"maskaq {command}", usage=f"maskaq {command} {'MODEL' if command == 'quantize' else 'RUN'} [options]",
+        prog=f"maskaq {command}", usage=f"maskaq {command} {_ARGUMENTS.get(command, 'RUN')} [options]",
         description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
         formatter_class=_Help, allow_abbrev=False,
     )  # fmt: skip
@@ -125,7 +135,7 @@ def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, ar
         actions[action.dest] = action
 
     {"quantize": _add_quantize, "evaluate": _add_evaluate, "export": _add_export,
-     "sensitivity": _add_sensitivity}[command](parser, add)
+     "sensitivity": _add_sensitivity, "models": _add_models, "lint-finn": _add_lint_finn}[command](parser, add)
     return parser, actions
 
 
@@ -136,7 +146,7 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
     add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm downloads its own")
     add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
         "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY (one "
-        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), or auto")  # fmt: skip
+        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to hardware), or auto")  # fmt: skip
     add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by layer, "
         "by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",
@@ -146,7 +156,8 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
         "on two cores (ViT-Tiny)")  # fmt: skip
     add("--images", type=int, default=64, metavar="N", help="synthetic images")
     add("--steps", type=int, default=SynthesisConfig.steps, metavar="N", help="iterations of synthesis per batch")
-    add("--batch-size", type=int, default=16, metavar="N", help="images per batch, in synthesis and calibration")
+    add("--batch-size", type=_count_or_auto, default=16, metavar="N|auto",
+        help="images per batch, in synthesis and calibration; auto: by the device and its free memory")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--tune", choices=("none", "reconstruct", "distill", "reconstruct+distill"), default="none",
@@ -195,8 +206,8 @@ def _effort_values(name: str) -> dict[str, Any]:
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
     _add_evaluation_data(add, parser, "test split")
-    add("--onnx", metavar="FILE", help="a QONNX file of the run to evaluate as well, executed by qonnx (seconds per image; "
-        "limit them with --eval-limit)")  # fmt: skip
+    add("--onnx", metavar="FILE", help="an exported file of the run to evaluate as well: QCDQ by ONNX Runtime, QONNX by qonnx "
+        "(seconds per image; limit them with --eval-limit)")  # fmt: skip
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--quiet", action="store_true", help="no progress; only the final table")
 
@@ -210,10 +221,23 @@ def _add_sensitivity(parser: argparse.ArgumentParser, add: Callable[..., None]) 
     add("--quiet", action="store_true", help="no progress; only the final table")
 
 
+def _add_models(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("family", nargs="?", metavar="FAMILY", help="only families whose name or example contains this text")
+    add("--check", action="store_true", help="measure the rows again on small models with random weights, instead of "
+        "printing those of the last measurement; about ten seconds per row")  # fmt: skip
+
+
 def _add_export(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
     _add_file_kind(add, parser)
-    add("--output", metavar="FILE", help="file to write, replaced if it exists; default: RUN/model.onnx")
+    add("--output", metavar="FILE", help="file to write, replaced if it exists; default: in RUN, model.onnx, "
+        "model.finn.onnx, model.qcdq.onnx, model.qcdq.pt or model.pt2 by its format")  # fmt: skip
+
+
+def _add_lint_finn(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    add("file", metavar="FILE.onnx", help="a QONNX file")
+    add("--all", action="store_true", help="list every node, also those that become hardware")
+    add("--quiet", action="store_true", help="only the last line")
 
 
 def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> None:
@@ -224,7 +248,12 @@ def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> No
 
 
 def _add_file_kind(add: Callable[..., None], group: Any) -> None:
-    add("--format", group=group, choices=("qonnx",), default="qonnx", help="kind of file")
+    add("--format", group=group, choices=("qonnx", "finn", "qcdq", "torch-qcdq", "torch-export"), default="qonnx",
+        help="kind of file: qonnx (Brevitas' Quant nodes, with a card of its costs beside it), qcdq (ONNX "
+        "QuantizeLinear/DequantizeLinear with integer weights, for ONNX Runtime), finn (see --target), torch-qcdq (TorchScript with int8 weights), "
+        "torch-export (torch.export, .pt2)")  # fmt: skip
+    add("--target", group=group, choices=("any", "finn"), default="any", help="finn: scheme finn-wXaY for a scheme wXaY, and "
+        "format finn: a QONNX file whose nodes all have a hardware operator in FINN")  # fmt: skip
     add("--batch", group=group, choices=("fixed", "dynamic"), default="fixed",
         help="first dimension of the file: 1 image, or any number")
 
@@ -305,6 +334,13 @@ def _optional(kind: type) -> Callable[[str], Any]:
 
     convert.__name__ = f"{kind.__name__} or none"  # argparse names it in its message
     return convert
+
+
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_count_or_auto.__name__ = "whole number or auto"
 
 
 def _boolean(text: str) -> bool:

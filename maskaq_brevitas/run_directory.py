@@ -24,7 +24,7 @@ _MANIFEST = "run.json"
 #: What a run writes outside its folder ``state``.
 _FILES = (
     "config.yaml", "bits.json", "tuning.json", "images.safetensors", "held_back.safetensors", "quant_model.safetensors",
-    "model.onnx", "report.json", "report.md", "images.png",
+    "model.onnx", "model.card.json", "model.qcdq.onnx", "model.qcdq.pt", "model.pt2", "report.json", "report.md", "images.png",
 )  # fmt: skip
 _MODES = ("new", "resume", "overwrite")
 

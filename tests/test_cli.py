@@ -14,6 +14,8 @@ from PIL import Image
 
 from maskaq_brevitas import cli
 from maskaq_brevitas.config import EFFORTS, DistillConfig, ReconstructConfig, SynthesisConfig
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.export import FORMATS
 from maskaq_brevitas.options import parse, to_yaml
 from maskaq_brevitas.synthesis import maker
 
@@ -37,13 +39,20 @@ def _files(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
+def test_automatic_batch_size_is_saved_as_a_number(tmp_path):
+    out = tmp_path / "run"
+    assert quantize(out, "--batch-size", "auto", "--eval-limit", "1") == 0
+    assert parse("quantize", ["--config", str(out / "config.yaml")]).batch_size == 16
+    assert '"batch_size": 16' in (out / "run.json").read_text()
+
+
 @pytest.mark.heavy
 def test_the_main_job(tmp_path, capsys):
     out = tmp_path / "run"
     assert quantize(out, budget=TINY) == 0
     assert _files(out) == [
-        "config.yaml", "held_back.safetensors", "images.png", "images.safetensors", "model.onnx",
-        "quant_model.safetensors", "report.json", "report.md", "run.json",
+        "config.yaml", "held_back.safetensors", "images.png", "images.safetensors", "model.card.json",
+        "model.onnx", "quant_model.safetensors", "report.json", "report.md", "run.json",
     ]  # fmt: skip
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -56,6 +65,9 @@ def test_the_main_job(tmp_path, capsys):
     assert [row["calibration_images"] for row in report["accuracy"]] == [None, 4, 4, 4]
     assert report["accuracy"][0]["top1"] >= 90 and {row["images"] for row in report["accuracy"]} == {20}
     assert report["qonnx"]["passed"] and report["qonnx"]["top1_agreement"] == 1
+    card = json.loads((out / "model.card.json").read_text())
+    assert report["card"] == card and card["macs"] == report["cost"]["macs"] and card["bops"] == report["cost"]["bops"]
+    assert "## QONNX model card" in (out / "report.md").read_text()
 
     (out / "model.onnx").unlink()
     assert cli.main(["export", str(out), "--batch", "dynamic"]) == 0
@@ -93,10 +105,32 @@ def test_evaluate_executes_a_file_beside_the_model(short_run, tmp_path, capsys):
         assert cli.main(["evaluate", str(short_run), "--eval-limit", "10", "--quiet", "--onnx", str(file)]) == 0
         lines = capsys.readouterr().out.splitlines()
         accuracy = {line.split("  ")[0]: line.split()[-2:] for line in lines if line.endswith(" 10")}
-        assert accuracy["QONNX file"] == accuracy["quantized"]
-        assert lines[-1] == "QONNX file and quantized model: equal top-1 on 10 of 10 images"
+        assert accuracy["ONNX file"] == accuracy["quantized"]
+        assert lines[-1] == "ONNX file and quantized model: equal top-1 on 10 of 10 images"
     assert cli.main(["evaluate", str(short_run), "--onnx", str(tmp_path / "none.onnx"), "--quiet"]) != 0
-    assert "Expected a QONNX file at" in capsys.readouterr().err
+    assert "Expected a QONNX or QCDQ file at" in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", [name for name in FORMATS if name != "qonnx"])
+def test_export_writes_every_format(short_run, tmp_path, capsys, kind):
+    before = _files(short_run)
+    assert cli.main(["export", str(short_run), "--format", kind, "--batch", "dynamic"]) == 0
+    name = FORMATS[kind].file_name
+    assert f"{short_run / name}\npassed: executed on 8 images" in capsys.readouterr().out
+    assert _files(short_run) == sorted([*before, name])
+    if kind == "qcdq":
+        assert cli.main(["evaluate", str(short_run), "--eval-limit", "50", "--quiet", "--onnx", str(short_run / name)]) == 0
+        assert "equal top-1 on 50 of 50 images" in capsys.readouterr().out
+    (short_run / name).unlink()
+
+
+def test_every_format_is_an_option():
+    assert parse("export", ["run"]).format == "qonnx"
+    for kind in FORMATS:
+        assert parse("export", ["run", "--format", kind]).format == kind
+    with pytest.raises(ConfigurationError, match="invalid choice: 'onnx'"):
+        parse("export", ["run", "--format", "onnx"])
 
 
 def test_sensitivity_prints_every_kind_most_costly_first(short_run, capsys):
@@ -105,8 +139,9 @@ def test_sensitivity_prints_every_kind_most_costly_first(short_run, capsys):
     assert lines[0] == "digits_vit, w4a4: one kind quantized, all else in float, 4 synthetic images"
     rows = [line.rsplit(maxsplit=3) for line in lines[3:] if line.strip() and not set(line) <= {"-", " "}]
     assert {"mlp.fc2 input", "attn.probabilities", "attn.qkv weight"} < {row[0].strip() for row in rows}
-    assert rows[-1][0].strip() == "all"
-    costs = [float(row[2]) for row in rows[:-1]]
+    assert [row[0].strip() for row in rows[-2:]] == ["none", "all"]
+    assert float(rows[-2][2]) < 1e-3 < float(rows[-1][2])
+    costs = [float(row[2]) for row in rows[:-2]]
     assert costs == sorted(costs, reverse=True) and costs[0] > 0
     assert cli.main(["sensitivity", str(short_run), "--images", "0"]) == 2
     assert "--images: expected a whole number >= 1, got 0" in capsys.readouterr().err
@@ -201,6 +236,7 @@ def _bad_inputs(folder):
         "images": (["digits_vit", "--images", "0"], "--images: expected a whole number >= 1, got 0"),
         "steps": (["digits_vit", "--steps", "0"], "steps: expected a whole number >= 1, got 0"),
         "batch": (["digits_vit", "--batch-size", "0"], "batch_size: expected a whole number >= 1, got 0"),
+        "batch text": (["digits_vit", "--batch-size", "many"], "invalid whole number or auto value: 'many'"),
         "limit": (["digits_vit", "--eval-limit", "0"], "--eval-limit: expected a whole number >= 1, got 0"),
         "number": (["digits_vit", "--images", "x"], "argument --images: invalid int value: 'x'"),
         "option": (["digits_vit", "--imagess", "3"], "unrecognized arguments: --imagess 3"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from maskaq_brevitas.config.checks import check_at_least, check_bool, check_choice, finite_number
 from maskaq_brevitas.errors import ConfigurationError
@@ -16,6 +16,9 @@ SCHEME_NAMES = ("w8a8", "w6a6", "w5a5", "w4a8", "w4a4", "w3a3")
 
 _BITS = re.compile(r"w([2-8])a([2-8])")
 _AUTO = re.compile(r"auto-(\d(?:\.\d+)?)")
+
+#: What FINN asks for beyond one scale per tensor.
+_FINN: dict[str, Any] = {"gelu": "signed", "softmax": "signed", "patch_tokens": 8}
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Scheme:
         average_bits: mixed precision: the widths of the layers at nominal bits are chosen by their sensitivity, such that
             the model costs no more bit operations than with this (fractional) width everywhere; ``bits`` is what images
             are synthesised against. ``None``: all at ``bits``.
+        patch_tokens: width at which the patch embedding's output is quantized, so that the class token can be joined to it
+            on one integer grid, as FINN wants. ``None``: it is not.
     """
 
     name: str
@@ -94,6 +99,7 @@ class Scheme:
     equalize: bool = True
     bias_correction: bool = True
     average_bits: float | None = None
+    patch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, bits in (("bits", self.bits), ("patch_embed", self.patch_embed), ("head", self.head)):
@@ -101,12 +107,12 @@ class Scheme:
                 raise ConfigurationError(f"Scheme.{name}: expected LayerBits(weight, activation), got {bits!r}.")
             if not (2 <= bits.weight <= 8 and 2 <= bits.activation <= 8):
                 raise ConfigurationError(f"Scheme.{name}: expected widths from 2 to 8 bits, got {bits}.")
-        if self.probability_bits is not None:
-            check_at_least("Scheme.probability_bits", self.probability_bits, 2)
-            if self.probability_bits > 8:
-                raise ConfigurationError(
-                    f"Scheme.probability_bits: expected 2 to 8 bits or None, got {self.probability_bits}."
-                )
+        for name in ("probability_bits", "patch_tokens"):
+            width = getattr(self, name)
+            if width is not None:
+                check_at_least(f"Scheme.{name}", width, 2)
+                if width > 8:
+                    raise ConfigurationError(f"Scheme.{name}: expected 2 to 8 bits or None, got {width}.")
         check_choice("weight_range", self.weight_range, ("minmax", "mse"))
         check_choice("activation_range", self.activation_range, ("percentile", "minmax", "mse", "search"))
         check_choice("gelu", self.gelu, ("asymmetric", "signed"))
@@ -129,11 +135,12 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
     ``wXaY`` keeps patch embedding, head and attention probabilities at 8 bits (comparable with FIMA-Q and GLF-Q, which
     keep the first and last layer at 8; the probabilities are ours, and reports name them), and has one scale per channel
     behind LayerNorms and GELU. ``tensor-wXaY`` is the same with one scale per tensor everywhere. ``strict-wXaY`` puts every
-    layer and operand at the nominal widths, with one scale per tensor (comparable with MaskAQ's table). ``auto-B``
+    layer and operand at the nominal widths, with one scale per tensor (comparable with MaskAQ's table). ``finn-wXaY`` is
+    ``tensor-wXaY`` with signed quantizers everywhere and quantized patch tokens: what FINN maps to hardware. ``auto-B``
     chooses widths layer by layer within the bit operations of B bits everywhere (``auto-4.5``); the rest as in ``wXaY``.
 
     Args:
-        scheme: ``"wXaY"``, ``"tensor-wXaY"``, ``"strict-wXaY"`` or ``"auto-B"`` with 2 <= X, Y, B <= 8, or a
+        scheme: ``"wXaY"``, ``"tensor-wXaY"``, ``"strict-wXaY"``, ``"finn-wXaY"`` or ``"auto-B"`` with 2 <= X, Y, B <= 8, or a
             :class:`Scheme`, which is returned as it is.
 
     Raises:
@@ -154,14 +161,14 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
     kind, _, widths = scheme.rpartition("-") if isinstance(scheme, str) else ("", "", "")
     try:
         bits = parse_bits(widths)
-        check_choice("scheme", kind, ("", "tensor", "strict"))
+        check_choice("scheme", kind, ("", "tensor", "strict", "finn"))
     except ConfigurationError:
         raise ConfigurationError(
-            f"Unknown scheme {scheme!r}. Expected wXaY, tensor-wXaY, strict-wXaY or auto-B with 2 <= X, Y, B <= 8, "
+            f"Unknown scheme {scheme!r}. Expected wXaY, tensor-wXaY, strict-wXaY, finn-wXaY or auto-B with 2 <= X, Y, B <= 8, "
             f"for example {', '.join(SCHEME_NAMES)}."
         ) from None
     outer = bits if kind == "strict" else LayerBits(8, 8)
     return Scheme(
         name=scheme, bits=bits, patch_embed=outer, head=outer, probability_bits=None if kind == "strict" else 8,
-        input_scales="tensor" if kind else "channel",
+        input_scales="tensor" if kind else "channel", **(_FINN if kind == "finn" else {}),
     )

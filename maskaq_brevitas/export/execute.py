@@ -1,6 +1,7 @@
 """Running a QONNX graph with qonnx' executor, on its own and in step with PyTorch (see verify.py for why)."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,25 @@ from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.scopes import module_scopes
 
-__all__ = ["DYNAMIC_BATCH", "Failure", "InStep", "QonnxModel", "execute", "execute_in_step", "load_for_batch", "whole_batches"]
+__all__ = [
+    "DYNAMIC_BATCH",
+    "Failure",
+    "InStep",
+    "QonnxModel",
+    "blame",
+    "compare_quantizer",
+    "execute",
+    "execute_in_step",
+    "load_for_batch",
+    "next_call",
+    "relative_difference",
+    "whole_batches",
+]
 
 Context = dict[str, NDArray[Any]]
+
+#: Operators that are part of a quantizer, in QONNX or QCDQ.
+_QUANTIZERS = (*QUANT_OPS, "QuantizeLinear", "DequantizeLinear", "Clip")
 
 #: Images per run of a dynamic file. More at a time is faster; captured activations are the limit.
 DYNAMIC_BATCH = 4
@@ -29,9 +46,9 @@ DYNAMIC_BATCH = 4
 
 @dataclass(frozen=True)
 class Failure:
-    """The first wrong node, and a sentence about it."""
+    """The first wrong node, if one is known, and a sentence about it."""
 
-    node: str
+    node: str | None
     message: str
 
 
@@ -45,13 +62,13 @@ class InStep:
     failure: Failure | None
 
 
-def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...], dynamic: int) -> tuple[Any, int]:
+def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...] | None, dynamic: int) -> tuple[Any, int]:
     """Read a QONNX file for execution.
 
     The executor needs all shapes as numbers, so a symbolic batch is replaced in memory; the file stays as it is.
 
     Args:
-        shape: (channels, height, width) of the images that will come.
+        shape: (channels, height, width) of the images that will come; None accepts the file's.
         dynamic: batch to give a file with a symbolic batch.
 
     Returns:
@@ -76,7 +93,7 @@ def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...], dynamic
             "Write it with export_qonnx."
         ) from error
     wanted = tuple(dimension.dim_value for dimension in dimensions[1:])
-    if wanted != shape:
+    if shape is not None and wanted != shape:
         raise InputError(f"images: expected (channels, height, width) {wanted} as in {path}, got {shape}.")
     if not batch.dim_param:
         return ModelWrapper(proto), batch.dim_value
@@ -149,23 +166,26 @@ def execute_in_step(graph: Any, model: nn.Module, images: Tensor, tolerance: flo
     matched = flips = 0
     for index, node in enumerate(graph.graph.node):
         _execute_node(graph, node, context)
-        call = _next_call(node, calls, modules) if node.op_type in QUANT_OPS else None
+        call = next_call(node, calls, modules) if node.op_type in QUANT_OPS else None
         if call is None:
             continue
-        problem, synchronised, flipped = _compare_quantizer(node, context, call, tolerance)
+        source, result = context[node.input[0]], context[node.output[0]]
+        problem, synchronised, flipped = compare_quantizer(
+            call, source, result, context[node.input[1]], context[node.input[2]], tolerance
+        )
         if problem:
-            failure = _blame(graph, model, images, context, index, problem, tolerance)
+            failure = blame(graph.graph.node, model, images, context, index, problem, tolerance)
             return InStep(float("nan"), flips, matched, failure)
         matched, flips = matched + 1, flips + flipped
         context[node.output[0]] = synchronised
 
-    difference = _relative(context[graph.graph.output[0].name], expected.numpy())
+    difference = relative_difference(context[graph.graph.output[0].name], expected.numpy())
     failure = None
     if not difference <= tolerance:
         problem = f"its result differs by {difference:.3g} of the largest logit"
         if not matched:
             problem += " (no quantizer of the file could be matched with the model's)"
-        failure = _blame(graph, model, images, context, len(graph.graph.node) - 1, problem, tolerance)
+        failure = blame(graph.graph.node, model, images, context, len(graph.graph.node) - 1, problem, tolerance)
     return InStep(difference, flips, matched, failure)
 
 
@@ -191,7 +211,7 @@ def _execute_node(graph: Any, node: Any, context: Context) -> None:
         ) from error
 
 
-def _next_call(node: Any, calls: dict[str, list[Call]], modules: dict[str, nn.Module]) -> Call | None:
+def next_call(node: Any, calls: dict[str, list[Call]], modules: dict[str, nn.Module]) -> Call | None:
     """PyTorch's call of the quantizer that a node came from; takes it off the list, as a quantizer may be shared."""
     name = next((scope for scope in reversed(module_scopes(node)) if calls.get(scope)), None)
     if name is None:
@@ -205,26 +225,37 @@ def _next_call(node: Any, calls: dict[str, list[Call]], modules: dict[str, nn.Mo
     return call
 
 
-def _compare_quantizer(
-    node: Any, context: Context, call: Call, tolerance: float
+def compare_quantizer(
+    call: Call,
+    source: NDArray[Any] | None,
+    result: NDArray[Any],
+    scale: NDArray[Any],
+    zero_point: NDArray[Any],
+    tolerance: float,
 ) -> tuple[str | None, NDArray[Any], int]:
-    """Compare a Quant node with PyTorch's quantizer.
+    """Compare a quantizer of the file with PyTorch's.
+
+    Args:
+        call: of PyTorch's quantizer.
+        source: what the file's quantizer took; None if that is a weight of which the file has only the result.
+        result: what it gave.
+        scale: of the quantizer, in a shape that broadcasts to ``result``; so is ``zero_point``.
+        tolerance: largest difference of the inputs, relative to the largest absolute value.
 
     Returns:
-        What is wrong (None if nothing), PyTorch's output in the layout of the node, and the number of rounding flips.
+        What is wrong (None if nothing), PyTorch's output in the layout of the file, and the number of rounding flips.
     """
-    source, result = context[node.input[0]], context[node.output[0]]
     if call.input is None or sorted(call.input.shape) != sorted(result.shape):
         return f"its shape {result.shape} is not PyTorch's {tuple(call.output.shape)}", result, 0
     best: tuple[str | None, NDArray[Any], int] | None = None
-    # qonnx folds the transpose of a Linear's weight into the parameter in front of the Quant node.
+    # The transpose of a Linear's weight is folded into the parameter in front of the quantizer.
     for turned in (False, True):
         taken, given = (tensor.numpy() for tensor in (call.input, call.output))
         if turned:
             taken, given = taken.T, given.T
         if given.shape != result.shape:
             continue
-        outcome = _compare_values(node, context, source, taken, given, tolerance)
+        outcome = _compare_values(taken if source is None else source, result, scale, zero_point, taken, given, tolerance)
         if outcome[0] is None:
             return outcome
         best = best or outcome
@@ -234,14 +265,20 @@ def _compare_quantizer(
 
 
 def _compare_values(
-    node: Any, context: Context, source: NDArray[Any], taken: NDArray[Any], given: NDArray[Any], tolerance: float
+    source: NDArray[Any],
+    result: NDArray[Any],
+    scale: NDArray[Any],
+    zero_point: NDArray[Any],
+    taken: NDArray[Any],
+    given: NDArray[Any],
+    tolerance: float,
 ) -> tuple[str | None, NDArray[Any], int]:
-    """The comparison itself, all in one layout: ``source`` and the node's output against ``taken`` and ``given``."""
-    difference = _relative(source, taken)
+    """The comparison itself, all in one layout: ``source`` and ``result`` of the file against ``taken`` and ``given``."""
+    difference = relative_difference(source, taken)
     if not difference <= tolerance:
         return f"its input differs by {difference:.3g} of the largest value", given, 0
-    scale, zero_point = (context[name].astype(np.float64) for name in node.input[1:3])
-    steps = np.abs(context[node.output[0]].astype(np.float64) - given) / scale
+    scale, zero_point = scale.astype(np.float64), zero_point.astype(np.float64)
+    steps = np.abs(result.astype(np.float64) - given) / scale
     # Distance from the rounding tie, in steps. The tie may be missed by as much as the inputs differ.
     position = taken.astype(np.float64) / scale + zero_point
     from_tie = np.abs(position - np.floor(position) - 0.5)
@@ -253,15 +290,15 @@ def _compare_values(
     return None, given, int(flipped.sum())
 
 
-def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
+def relative_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Largest absolute difference, divided by the largest absolute expected value; inf for unequal shapes."""
     if found.shape != expected.shape:
         return float("inf")
     return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), np.finfo(np.float32).tiny))
 
 
-def _blame(
-    graph: Any, model: nn.Module, images: Tensor, context: Context, last: int, problem: str, tolerance: float
+def blame(
+    nodes: Sequence[Any], model: nn.Module, images: Tensor, context: Context, last: int, problem: str, tolerance: float
 ) -> Failure:
     """The first node, up to the one at ``last``, whose layer gives something else than in PyTorch.
 
@@ -270,21 +307,21 @@ def _blame(
     """
     calls = capture_calls(model, images, is_leaf)[1]
     ends: dict[str, int] = {}
-    for index, node in enumerate(graph.graph.node):
+    for index, node in enumerate(nodes):
         ends |= {scope: index for scope in module_scopes(node) if len(calls.get(scope, ())) == 1}
     for layer, index in sorted(ends.items(), key=lambda item: item[1]):
-        node = graph.graph.node[index]
+        node = nodes[index]
         found, expected = context[node.output[0]], calls[layer][0].output.numpy()
         # Quantizers up to here are in step, so only a layer that lies fully before the failure has been computed.
-        if index >= last and graph.graph.node[last].op_type in QUANT_OPS:
+        if index >= last and nodes[last].op_type in _QUANTIZERS:
             break
-        if node.op_type in QUANT_OPS or found.shape != expected.shape:
+        if node.op_type in _QUANTIZERS or found.shape != expected.shape:
             continue
-        difference = _relative(found, expected)
+        difference = relative_difference(found, expected)
         if not difference <= tolerance:
             problem = f"its result differs by {difference:.3g} of the largest value"
             return _failure(node, layer, problem)
-    node = graph.graph.node[last]
+    node = nodes[last]
     known = set(dict(model.named_modules()))
     return _failure(node, next((scope for scope in reversed(module_scopes(node)) if scope in known), ""), problem)
 

@@ -1,4 +1,4 @@
-"""Does a QONNX file compute what the PyTorch model computes?
+"""Does an exported file compute what the PyTorch model computes?
 
 Comparing logits alone does not answer this. Two correct runs differ by float rounding (about 1e-7), now and then such a
 difference crosses a rounding tie of a quantizer, and one step of a low-bit quantizer grows over the following layers to
@@ -12,7 +12,9 @@ the file, and the first place where it shows is its name.
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,17 +22,23 @@ from torch import nn
 
 from maskaq_brevitas.errors import ExportError
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.export.brevitas_onnx import last_lines
 from maskaq_brevitas.export.capture import capture_calls
 from maskaq_brevitas.export.execute import DYNAMIC_BATCH
+from maskaq_brevitas.export.execute import Failure
 from maskaq_brevitas.export.execute import InStep
 from maskaq_brevitas.export.execute import execute
 from maskaq_brevitas.export.execute import execute_in_step
 from maskaq_brevitas.export.execute import load_for_batch
 from maskaq_brevitas.export.execute import whole_batches
+from maskaq_brevitas.export.execute_qcdq import load_qcdq
+from maskaq_brevitas.export.execute_qcdq import qcdq_in_step
+from maskaq_brevitas.export.execute_qcdq import qcdq_session
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.export.torch_formats import load_torch_file
 
-__all__ = ["QonnxCheck", "verify_qonnx"]
+__all__ = ["QonnxCheck", "verify_qcdq", "verify_qonnx", "verify_torch_file"]
 
 #: Most images to execute in step with PyTorch, those with the largest difference first.
 _IN_STEP_IMAGES = 4
@@ -38,7 +46,7 @@ _IN_STEP_IMAGES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class QonnxCheck:
-    """A QONNX file against the PyTorch model.
+    """A QONNX or QCDQ file against the PyTorch model.
 
     Attributes:
         images: number of images compared.
@@ -92,34 +100,148 @@ def verify_qonnx(
         MissingExtraError: onnx, onnxruntime or qonnx is not installed.
         ExportError: the file cannot be read or executed, or does not pass; then the first diverging node is named.
     """
+    require("onnx", "onnxruntime", "qonnx")
+    images = _checked(images)
+    with quiet():
+        graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(DYNAMIC_BATCH, len(images)))
+        return _verify(
+            path, quant_model, images, batch, tolerance, raise_on_mismatch,
+            run=lambda chunk: execute(graph, chunk),
+            run_in_step=lambda model, chunk: execute_in_step(graph, model, chunk, tolerance),
+        )  # fmt: skip
+
+
+def verify_qcdq(
+    path: str | os.PathLike[str],
+    quant_model: nn.Module,
+    images: Tensor,
+    *,
+    tolerance: float = 1e-4,
+    raise_on_mismatch: bool = True,
+) -> QonnxCheck:
+    """Execute a QCDQ file in ONNX Runtime and compare it with the PyTorch model it was exported from.
+
+    Arguments, verdict and errors are those of :func:`verify_qonnx`; the stored integers of the weights are compared too.
+
+    Args:
+        path: a file written by :func:`maskaq_brevitas.export.export_qcdq`.
+        quant_model: takes images, gives logits ``(batch, classes)``; it is copied.
+        images: ``(images, channels, height, width)``, normalised as for the model.
+        tolerance: largest difference, relative to the largest absolute value of the compared tensor.
+        raise_on_mismatch: raise where the file does not pass; otherwise the result says so.
+
+    Raises:
+        InputError: the images do not fit the file.
+        MissingExtraError: onnx or onnxruntime is not installed.
+        ExportError: the file cannot be read or executed, or does not pass; then the first diverging node is named.
+    """
+    require("onnx", "onnxruntime")
+    images = _checked(images)
+    with quiet():
+        proto, batch = load_qcdq(path, tuple(images.shape[1:]))
+        session = qcdq_session(proto)
+        name = session.get_inputs()[0].name
+        return _verify(
+            path, quant_model, images, batch, tolerance, raise_on_mismatch,
+            run=lambda chunk: torch.from_numpy(session.run(None, {name: chunk.numpy()})[0]),
+            run_in_step=lambda model, chunk: qcdq_in_step(proto, model, chunk, tolerance),
+        )  # fmt: skip
+
+
+def verify_torch_file(
+    path: str | os.PathLike[str],
+    quant_model: nn.Module,
+    images: Tensor,
+    *,
+    kind: Literal["torch-qcdq", "torch-export"],
+    tolerance: float = 1e-4,
+    raise_on_mismatch: bool = True,
+) -> QonnxCheck:
+    """Read a file of PyTorch's back, and compare its logits with those of the model it was exported from.
+
+    The same kernels compute both in the same order, so the logits have to agree as they are; nothing is run in step.
+
+    Args:
+        path: a file written by :func:`maskaq_brevitas.export.export_torch_qcdq` or ``export_torch_program``.
+        quant_model: takes images, gives logits ``(batch, classes)``; it is copied.
+        images: ``(images, channels, height, width)``, normalised as for the model.
+        kind: of the file.
+        tolerance: largest difference, relative to the largest logit.
+        raise_on_mismatch: raise where the file does not pass; otherwise the result says so.
+
+    Raises:
+        InputError: ``images`` is no batch of images.
+        ExportError: the file cannot be read or executed, or does not pass.
+    """
+    images = _checked(images)
+    with quiet(), torch.no_grad():
+        try:
+            run = load_torch_file(path, kind)
+        except Exception as error:
+            raise ExportError(
+                f"Expected a file of kind {kind} at {os.fspath(path)}, got {type(error).__name__}: {last_lines(error)}. "
+                "Write it with the export command or function of that kind."
+            ) from error
+        # A file with a fixed batch is taken to be for one image, as the command line exports it.
+        try:
+            run(images[:2])
+            batch = DYNAMIC_BATCH
+        except Exception:  # noqa: BLE001 - whatever the file's own check of its input raises
+            batch = 1
+        try:
+            found = torch.cat([run(chunk) for chunk in whole_batches(images, batch)])[: len(images)]
+        except Exception as error:
+            raise ExportError(
+                f"{os.fspath(path)} could not be executed on images {tuple(images.shape)}: {type(error).__name__}: "
+                f"{last_lines(error)}. Give it images of the shape it was exported with."
+            ) from error
+        expected = _logits(copy.deepcopy(quant_model).cpu().float().eval(), images, batch)
+    _check_shapes(expected, found)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if difference <= tolerance:
+        note, failure = f"Logits agree within {tolerance:g} of the largest logit.", None
+    else:
+        note, failure = "", Failure(None, f"Its logits do not agree within {tolerance:g} of the largest logit.")
+    return _conclude(path, expected, found, difference, 0, failure, note, raise_on_mismatch)
+
+
+def _checked(images: Tensor) -> Tensor:
     if images.ndim != 4 or not len(images):
         raise InputError(
             f"images: expected (images, channels, height, width), at least one, got {tuple(images.shape)}. "
             "Add the first dimension to a single image."
         )
-    require("onnx", "onnxruntime", "qonnx")
-    images = images.detach().to("cpu", torch.float32)
-    model = copy.deepcopy(quant_model).cpu().float().eval()
-    with quiet():
-        graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(DYNAMIC_BATCH, len(images)))
-        expected = _logits(model, images, batch)
-        found = torch.cat([execute(graph, chunk) for chunk in whole_batches(images, batch)])[: len(images)]
-        _check_shapes(expected, found)
-        per_image = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
-        # Not "per_image > tolerance": NaN has to count as different.
-        differing = int((~(per_image <= tolerance)).sum())
-        # At least one image in step also where all agree: quantizers behind a wrong weight may have swallowed it.
-        worst = per_image.nan_to_num(torch.inf).argsort(descending=True)[: min(max(differing, 1), _IN_STEP_IMAGES)]
-        steps: list[InStep] = []
-        for chunk in whole_batches(images[worst], batch):
-            steps.append(execute_in_step(graph, model, chunk, tolerance))
-            if steps[-1].failure:
-                break
+    return images.detach().to("cpu", torch.float32)
 
-    failure = steps[-1].failure
-    if failure:
-        note = failure.message
-    elif differing:
+
+def _verify(
+    path: str | os.PathLike[str],
+    quant_model: nn.Module,
+    images: Tensor,
+    batch: int,
+    tolerance: float,
+    raise_on_mismatch: bool,
+    *,
+    run: Callable[[Tensor], Tensor],
+    run_in_step: Callable[[nn.Module, Tensor], InStep],
+) -> QonnxCheck:
+    """The comparison, with the file executed by the functions given, ``batch`` images at a time."""
+    model = copy.deepcopy(quant_model).cpu().float().eval()
+    expected = _logits(model, images, batch)
+    found = torch.cat([run(chunk) for chunk in whole_batches(images, batch)])[: len(images)]
+    _check_shapes(expected, found)
+    per_image = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
+    # Not "per_image > tolerance": NaN has to count as different.
+    differing = int((~(per_image <= tolerance)).sum())
+    # At least one image in step also where all agree: quantizers behind a wrong weight may have swallowed it.
+    worst = per_image.nan_to_num(torch.inf).argsort(descending=True)[: min(max(differing, 1), _IN_STEP_IMAGES)]
+    steps: list[InStep] = []
+    for chunk in whole_batches(images[worst], batch):
+        steps.append(run_in_step(model, chunk))
+        if steps[-1].failure:
+            break
+
+    if differing:
         note = (
             f"{differing} of {len(images)} images differ by more than {tolerance:g} of the largest logit, through "
             f"rounding ties alone: with {steps[0].quantizers} quantizers in step, the logits agree on "
@@ -127,16 +249,32 @@ def verify_qonnx(
         )
     else:
         note = f"Logits agree within {tolerance:g} of the largest logit, and so do {steps[0].quantizers} quantizers."
+    in_step, flips = max(step.difference for step in steps), sum(step.flips for step in steps)
+    return _conclude(path, expected, found, in_step, flips, steps[-1].failure, note, raise_on_mismatch)
+
+
+def _conclude(
+    path: str | os.PathLike[str],
+    expected: Tensor,
+    found: Tensor,
+    in_step: float,
+    flips: int,
+    failure: Failure | None,
+    note: str,
+    raise_on_mismatch: bool,
+) -> QonnxCheck:
+    """The figures and the verdict; ``note`` is for a file that passes."""
+    difference = float((found - expected).abs().max())
     check = QonnxCheck(
-        images=len(images),
-        max_abs_difference=float((found - expected).abs().max()),
-        relative_difference=float(per_image.max()),
+        images=len(expected),
+        max_abs_difference=difference,
+        relative_difference=difference / float(expected.abs().max()),
         top1_agreement=float((found.argmax(1) == expected.argmax(1)).double().mean()),
-        in_step_difference=None if failure else max(step.difference for step in steps),
-        rounding_flips=sum(step.flips for step in steps),
+        in_step_difference=None if failure else in_step,
+        rounding_flips=flips,
         passed=failure is None,
         first_diverging_node=failure.node if failure else None,
-        note=note,
+        note=failure.message if failure else note,
     )
     if failure and raise_on_mismatch:
         raise ExportError(

@@ -7,10 +7,12 @@ hooks these modules; the quantized twin of :mod:`maskaq_brevitas.quant.attention
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelAffine", "ExplicitAttention", "Tap"]
+__all__ = ["ChannelAffine", "ExplicitAttention", "Tap", "additive_mask", "joined_linear"]
 
 
 class ChannelAffine(nn.Module):
@@ -67,25 +69,34 @@ class Tap(nn.Module):
 
 
 class ExplicitAttention(nn.Module):
-    """timm's ``Attention`` (ViT, DeiT, DINOv2, augreg, SigLIP ...), written out.
+    """What every attention module looks like once it is written out; families derive from it.
 
-    Shapes: input and output ``(batch, tokens, dim)``; ``query``, ``key``, ``value`` and ``context`` see
-    ``(batch, heads, tokens, head_dim)``; ``logits``, ``attention`` (behind the softmax) and ``probabilities`` see
-    ``(batch, heads, tokens, tokens)``. ``logits``, ``attention`` and ``context`` are taps. The logits are
-    q k^T / sqrt(head_dim): the scale sits on q.
+    Shapes: ``query`` sees ``(batch, heads, queries, head_dim)``, ``key`` and ``value`` ``(batch, heads, keys,
+    head_dim)``; ``logits``, ``attention`` (behind the softmax) and ``probabilities`` see ``(batch, heads, queries, keys)``,
+    ``context`` ``(batch, heads, queries, head_dim)``. Where attention stays inside windows, ``batch`` counts windows: all of
+    the first image, then all of the second. ``logits``, ``attention`` and ``context`` are taps. The logits are
+    ``scale * q k^T``, before any position bias or mask: the scale sits on q.
 
-    Args:
-        source: the foreign module; its sub-modules are shared, not copied.
+    Parameters are shared with the source. What the source joins or computes from parameters alone in every pass (biases of q
+    and v that it keeps apart, a table of position biases) may be a copy of its own.
+
+    Attributes:
+        scale: a number, or one per head, ``(heads, 1, 1)``.
+        mixes_probabilities: whether the second operand of the context is a mixture of softmax outputs, of any sign.
+        unsigned_layers: names of linear children whose input is a softmax output.
     """
+
+    scale: float | Tensor
+    mixes_probabilities: ClassVar[bool] = False
+    unsigned_layers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, source: nn.Module):
         super().__init__()
         self.num_heads: int = source.num_heads
-        self.head_dim: int = source.head_dim
-        self.scale: float = source.scale
-        self.qkv = source.qkv
-        self.q_norm = source.q_norm
-        self.k_norm = source.k_norm
+        self.training = source.training
+
+    def add_places(self, attn_drop: nn.Module | None = None) -> None:
+        """Make the operands and taps; subclasses call it behind the layers that come first in the data flow."""
         self.query = nn.Identity()
         self.key = nn.Identity()
         self.value = nn.Identity()
@@ -93,40 +104,63 @@ class ExplicitAttention(nn.Module):
         self.softmax = nn.Softmax(dim=-1)
         self.attention = Tap()
         self.probabilities = nn.Identity()
-        self.attn_drop = source.attn_drop
+        self.attn_drop = nn.Identity() if attn_drop is None else attn_drop
         self.context = Tap()
-        # Both came to timm during 1.0.x.
-        self.norm = getattr(source, "norm", None) or nn.Identity()
-        self.gate = getattr(source, "gate", None)
-        self.proj = source.proj
-        self.proj_drop = source.proj_drop
-        self.training = source.training
+        self.train(self.training)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        batch, tokens, _ = x.shape
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
-        # (batch, tokens, 3 * heads * head_dim) -> 3 x (batch, heads, tokens, head_dim)
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q = self.query(self.q_norm(q) * self.scale)
-        k = self.key(self.k_norm(k))
-        v = self.value(v)
-        logits = self.logits(q @ k.transpose(-2, -1))
-        if is_causal:
-            logits = logits + logits.new_full((tokens, tokens), float("-inf")).triu_(1)
-        elif attn_mask is not None:
-            logits = logits + _additive(attn_mask, logits)
-        attention = self.attn_drop(self.probabilities(self.attention(self.softmax(logits))))
-        context = self.context(attention @ v)
-        # (batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)
-        x = self.norm(context.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
-        if gate is not None:
-            x = x * gate
-        return self.proj_drop(self.proj(x))
+    def heads(self, x: Tensor, parts: int = 1) -> Tensor:
+        """``(batch, tokens, parts * heads * head_dim)`` to ``(parts, batch, heads, tokens, head_dim)``."""
+        batch, tokens, _ = x.shape  # unpacked like this, Brevitas' tracer can follow
+        return x.reshape(batch, tokens, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention of scaled queries; ``(batch, heads, tokens, head_dim)`` each.
+
+        Args:
+            bias: added to the logits, ``(heads or 1, queries, keys)``, or one for each window of an image,
+                ``(windows, heads or 1, queries, keys)``.
+
+        Returns:
+            ``(batch, queries, heads * head_dim)``.
+        """
+        q, k, v = self.query(q), self.key(k), self.value(v)
+        logits = self.mix_logits(self.logits(q @ k.transpose(-2, -1)))
+        if bias is not None and bias.ndim == 4 and bias.shape[0] > 1:
+            logits = (logits.unflatten(0, (-1, bias.shape[0])) + bias).flatten(0, 1)
+        elif bias is not None:
+            logits = logits + bias
+        attention = self.mix_probabilities(self.attention(self.softmax(logits)))
+        context = self.context(self.attn_drop(self.probabilities(attention)) @ v)
+        return context.transpose(1, 2).flatten(2)
+
+    def mix_logits(self, logits: Tensor) -> Tensor:
+        """What happens to the logits before biases are added; nothing in most families."""
+        return logits
+
+    def mix_probabilities(self, attention: Tensor) -> Tensor:
+        """What happens behind the softmax; nothing in most families."""
+        return attention
 
 
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A boolean mask (True = attend) as an additive one, in the dtype of ``like``."""
-    if mask.dtype.is_floating_point:
+def additive_mask(mask: Tensor | None, is_causal: bool, like: Tensor) -> Tensor | None:
+    """timm's two ways to mask, as one addend of the logits, in the dtype of ``like``.
+
+    Args:
+        mask: boolean (True = attend) or additive, or None.
+        is_causal: a token sees those in front of it only; takes precedence.
+        like: of the tokens, ``(batch, tokens, channels)``.
+    """
+    if is_causal:
+        return like.new_full((like.shape[1], like.shape[1]), float("-inf")).triu_(1)
+    if mask is None or mask.dtype.is_floating_point:
         return mask
     return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+
+
+def joined_linear(weight: nn.Parameter, *biases: Tensor) -> nn.Linear:
+    """A linear layer of a shared weight and of biases that its owner keeps apart; these are copied."""
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = weight
+    layer.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=weight.requires_grad)
+    return layer

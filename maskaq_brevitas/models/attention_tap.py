@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maskaq_brevitas.models.attention import Tap
 from maskaq_brevitas.models.families import attention_modules, explicit_form
+from maskaq_brevitas.models.graph_attention import graph_taps, is_graph_module
 
 __all__ = ["AttentionRecord", "TapPoint", "attention_tap"]
 
@@ -44,10 +45,11 @@ def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionReco
     """A context in which every forward pass of ``model`` records its attention.
 
     Foreign attention modules are written out for the duration (same parameters, same function up to the last bits of a
-    fused kernel) and put back on exit, also after an error; no hook stays behind.
+    fused kernel) and put back on exit, also after an error; no hook stays behind. In an FX-traced model the places are
+    found in its graph (:mod:`maskaq_brevitas.models.graph_attention`), which is put back likewise.
 
     Args:
-        model: a float model, or one with quantized twins.
+        model: a float model, one with quantized twins, or an FX-traced one, float or quantized by Brevitas.
         points: what to record; nothing else is kept alive.
 
     Raises:
@@ -62,11 +64,29 @@ def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionReco
         (2, torch.Size([1, 3, 5, 5]))
     """
     record = AttentionRecord()
-    originals: list[tuple[nn.Module, str, nn.Module]] = []
     opened: list[tuple[Tap, list[Tensor]]] = []
-    handle = None
+    written_out = graph_taps if is_graph_module(model) else _written_out
+    with ExitStack() as stack:
+        places = stack.enter_context(written_out(model))
+        stack.callback(model.register_forward_pre_hook(lambda *_: record.clear()).remove)
+        try:
+            for point in points:
+                for place in places:
+                    tap, listener = place.get_submodule(_PLACES[point]), getattr(record, point)
+                    tap.open(listener)
+                    opened.append((tap, listener))
+            yield record
+        finally:
+            for tap, listener in opened:
+                tap.close(listener)
+
+
+@contextmanager
+def _written_out(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """A context in which all attention modules of a model are explicit; yields them, input side first."""
+    originals: list[tuple[nn.Module, str, nn.Module]] = []
+    places: list[nn.Module] = []
     try:
-        places = []
         for name, module in attention_modules(model).items():
             explicit = explicit_form(module)
             if explicit is not module:
@@ -74,18 +94,8 @@ def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionReco
                 originals.append((parent, name.rpartition(".")[2], module))
                 setattr(parent, name.rpartition(".")[2], explicit)
             places.append(explicit)
-        handle = model.register_forward_pre_hook(lambda *_: record.clear())
-        for point in points:
-            for explicit in places:
-                tap, listener = explicit.get_submodule(_PLACES[point]), getattr(record, point)
-                tap.open(listener)
-                opened.append((tap, listener))
-        yield record
+        yield places
     finally:
-        if handle is not None:
-            handle.remove()
-        for tap, listener in opened:
-            tap.close(listener)
         for parent, child, module in originals:
             module.training = getattr(parent, child).training  # train() or eval() of the model while it was away
             setattr(parent, child, module)

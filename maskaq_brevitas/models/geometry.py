@@ -8,7 +8,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import attention_layouts, attention_modules, block_prefix, family_of
+from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["Geometry", "read_geometry"]
 
@@ -24,6 +25,8 @@ class Geometry:
         class_token: whether the first token is a class token.
         num_classes: outputs of the classifier; 0 if there is none.
         mean, std: normalisation per channel, in units of pixel values in [0, 1].
+        layouts: how each attention module lies on the image; empty if each sees all patches in the order of the grid,
+            behind the prefix tokens.
     """
 
     input_size: tuple[int, int, int]
@@ -33,6 +36,7 @@ class Geometry:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    layouts: tuple[AttentionLayout, ...] = ()
 
     @property
     def patches(self) -> int:
@@ -58,31 +62,47 @@ class Geometry:
 
 
 def read_geometry(model: nn.Module) -> Geometry:
-    """The geometry of a timm ViT or DeiT, read from the model; nothing is assumed.
+    """The geometry of a model, read from it; nothing is assumed.
 
     Raises:
         ModelError: if the model has no attention, or no patch embedding to read the grid from.
     """
     attention_modules(model)
+    family = family_of(model)
     embedding = getattr(model, "patch_embed", None)
-    grid = getattr(embedding, "grid_size", None)
-    if grid is None:
+    if family is not None and family.grid is not None:
+        grid = family.grid(model)
+    elif getattr(embedding, "grid_size", None) is not None:
+        grid = embedding.grid_size
+    else:
         raise ModelError(
             f"{type(model).__name__} has attention, but no patch_embed.grid_size to read the patch grid from. "
             "Expected a timm VisionTransformer with a fixed input size (img_size)."
         )
     data = resolve_model_data_config(model)
-    channels = embedding.proj.in_channels
+    channels = _input_channels(model)
     image_size = getattr(embedding, "img_size", None) or data["input_size"][1:]
+    if family is not None and family.input_size is not None:
+        image_size = family.input_size(model)
+    prefix = block_prefix(model)
     return Geometry(
         input_size=(channels, int(image_size[0]), int(image_size[1])),
         grid=(int(grid[0]), int(grid[1])),
-        prefix_tokens=int(getattr(model, "num_prefix_tokens", 1)),
-        class_token=getattr(model, "cls_token", None) is not None,
+        prefix_tokens=prefix,
+        class_token=prefix > 0 and getattr(model, "cls_token", None) is not None,
         num_classes=int(getattr(model, "num_classes", 0) or 0),
         mean=_per_channel(data["mean"], channels),
         std=_per_channel(data["std"], channels),
+        layouts=attention_layouts(model),
     )
+
+
+def _input_channels(model: nn.Module) -> int:
+    """Channels of the image, from the first convolution or (patches cut by hand) from timm's ``in_chans``."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return int(model.in_chans)
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

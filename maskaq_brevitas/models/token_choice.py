@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.models.families import family_of
 
-__all__ = ["TokenChoice", "draw_tokens", "patch_count", "patch_tokens", "token_choice"]
+__all__ = ["TokenChoice", "check_token_choice", "draw_tokens", "patch_count", "patch_tokens", "token_choice"]
 
 
 class TokenChoice(nn.Module):
@@ -21,7 +22,8 @@ class TokenChoice(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.indices is None:
             return tokens
-        return tokens.gather(1, self.indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        # The function and not the method: a QuantTensor takes it (and gives its plain values).
+        return torch.gather(tokens, 1, self.indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 @contextmanager
@@ -41,11 +43,7 @@ def token_choice(models: Sequence[nn.Module]) -> Iterator[TokenChoice]:
         ModelError: if a model has no such place, or drops patches itself.
     """
     for model in models:
-        if not isinstance(getattr(model, "patch_drop", None), nn.Identity):
-            raise ModelError(
-                f"{type(model).__name__} has no idle patch_drop module behind its position embedding, so no tokens can be "
-                "left out; use kept_tokens=1."
-            )
+        check_token_choice(model)
     choice = TokenChoice()
     originals = [model.patch_drop for model in models]
     try:
@@ -55,6 +53,20 @@ def token_choice(models: Sequence[nn.Module]) -> Iterator[TokenChoice]:
     finally:
         for model, original in zip(models, originals, strict=True):
             model.patch_drop = original
+
+
+def check_token_choice(model: nn.Module) -> None:
+    """Refuse a model of which no tokens can be left out.
+
+    Raises:
+        ModelError: if it has no place for that, or its family says why it needs all.
+    """
+    family = family_of(model)
+    reason = "" if family is None else family.whole_grid
+    if not reason and not isinstance(getattr(model, "patch_drop", None), nn.Identity):
+        reason = "it has no idle patch_drop module behind its position embedding"
+    if reason:
+        raise ModelError(f"No tokens of {type(model).__name__} can be left out: {reason}. Use kept_tokens=1.")
 
 
 def patch_count(model: nn.Module) -> int:

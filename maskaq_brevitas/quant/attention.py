@@ -29,7 +29,8 @@ def quantize_operands(attention: nn.Module, bits: dict[str, int], scheme: Scheme
     """
     twin = explicit_form(attention)
     for operand in OPERANDS:
-        kind = scheme.softmax if operand == "probabilities" else "signed"
+        is_softmax = operand == "probabilities" and not twin.mixes_probabilities
+        kind = scheme.softmax if is_softmax else "signed"
         quantizer = activation_quantizer(kind, bits[operand], scheme)
         setattr(twin, operand, QuantIdentity(act_quant=quantizer, return_quant_tensor=False))
         getattr(twin, operand).train(attention.training)

@@ -270,7 +270,7 @@ def _centre_place(quant_model: nn.Module, place: ChannelPlace, rows: Tensor) -> 
     low, high, middle = rows.amin(dim=0), rows.amax(dim=0), rows.median(dim=0).values
     before = output_error(torch.zeros_like(low), (rows.abs().amax(dim=0) / top).clamp_min(1e-12))
     # An activation function bounds its output below, so only its upper end can be cut, or lie further out elsewhere.
-    is_bounded = place.norm is None
+    is_bounded = place.norm is None and place.bounded
     least, lows, widths = None, low, high - low
     for share in _CLIPS:
         bottom = low if is_bounded else middle + (low - middle) * share

@@ -9,6 +9,7 @@ from brevitas.graph.calibrate import quantization_status_manager
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.models.families import block_prefix
 
 __all__ = ["collect_rows"]
 
@@ -43,7 +44,7 @@ def collect_rows(
     kept: dict[str, list[Tensor]] = {}
     per_batch = max(1, rows // len(batches))
 
-    prefix = int(getattr(quant_model, "num_prefix_tokens", 0))
+    prefix = block_prefix(quant_model)
 
     def keep(name: str):
         def hook(_module: nn.Module, inputs: tuple) -> None:

@@ -7,6 +7,7 @@ forward. The snapshot gives the same outputs bit for bit, and the straight-throu
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from brevitas.nn import QuantConv2d
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_modules, explicit_form
+from maskaq_brevitas.models.families import attention_modules, write_out
+from maskaq_brevitas.models.graph_attention import is_graph_module, put_taps
 
 __all__ = ["FakeQuantize", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
 
@@ -64,14 +66,14 @@ class _FakeQuantizeFunction(torch.autograd.Function):
 
 
 class _FrozenLayer(nn.Module):
-    """A quantized Linear or Conv2d with its weight already quantized."""
+    """A quantized Linear or Conv2d with its weight already quantized, and its bias, if that is given."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, bias: Tensor | None = None):
         super().__init__()
         self.input_quant = _fake_quantize(layer.input_quant)
         weight = layer.quant_weight() if layer.weight_quant.is_quant_enabled else layer.weight
         self.register_buffer("weight", getattr(weight, "value", weight).detach().clone())
-        self.bias = layer.bias
+        self.bias = layer.bias if bias is None else nn.Parameter(bias, requires_grad=False)
         self.is_linear = isinstance(layer, nn.Linear)
         if not self.is_linear:
             self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -83,33 +85,67 @@ class _FrozenLayer(nn.Module):
         return F.conv2d(x, self.weight, self.bias, *self.geometry)
 
 
-def frozen_snapshot(quant_model: nn.Module) -> nn.Module:
+def frozen_snapshot(quant_model: nn.Module, input_size: Sequence[int] | None = None) -> nn.Module:
     """A copy of a calibrated quant model with fixed weights and scales, in evaluation mode, without gradients.
+
+    Args:
+        quant_model: with Brevitas quantizers; our own, or one that Brevitas made, FX-traced or not.
+        input_size: ``(channels, height, width)``; only needed for quantized biases, whose scale is that of what reaches
+            the layer: one empty image tells it.
 
     Raises:
         ModelError: if a layer or quantizer cannot be frozen (not Linear or Conv2d, per group, or dynamic).
     """
     snapshot = copy.deepcopy(quant_model).eval().requires_grad_(False)
+    if is_graph_module(snapshot):
+        put_taps(snapshot)  # for good: who opens them later need not compile the graph anew
     with torch.no_grad():
-        for name, module in list(snapshot.named_modules()):
-            if isinstance(module, QuantWeightBiasInputOutputLayer):
-                check_layer(name, module, (QuantLinear, QuantConv2d))
-                frozen: nn.Module = _FrozenLayer(module)
-            elif isinstance(module, QuantIdentity):
-                frozen = _fake_quantize(module.act_quant)
-            else:
+        biases = _quantized_biases(snapshot, input_size)
+        frozen: dict[nn.Module, nn.Module] = {}
+        # Brevitas' graph passes let several names share one quantizer.
+        for name, module in list(snapshot.named_modules(remove_duplicate=False)):
+            if not isinstance(module, (QuantWeightBiasInputOutputLayer, QuantIdentity)):
                 continue
+            if module not in frozen and isinstance(module, QuantIdentity):
+                frozen[module] = _fake_quantize(module.act_quant)
+            elif module not in frozen:
+                check_layer(name, module, (QuantLinear, QuantConv2d), quantized_bias=module in biases)
+                frozen[module] = _FrozenLayer(module, biases.get(module))
             parent, _, child = name.rpartition(".")
-            setattr(snapshot.get_submodule(parent), child, frozen)
+            setattr(snapshot.get_submodule(parent), child, frozen[module])
     return snapshot.eval()
+
+
+def _quantized_biases(quant_model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.Module, Tensor]:
+    """The quantized bias of every layer that quantizes it, found by passing an empty image through the model."""
+    layers = [
+        module for module in quant_model.modules()
+        if isinstance(module, QuantWeightBiasInputOutputLayer) and module.bias_quant.is_quant_enabled
+        and module.bias is not None
+    ]  # fmt: skip
+    found: dict[nn.Module, Tensor] = {}
+    if not layers or input_size is None:
+        return found
+
+    def note(layer: nn.Module, inputs: tuple) -> None:
+        quant_input = layer.input_quant(layer.unpack_input(inputs[0]))
+        bias = layer.bias_quant(layer.bias, quant_input, layer.quant_weight(quant_input))
+        found[layer] = getattr(bias, "value", bias).detach().clone()
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        quant_model(next(quant_model.parameters()).new_zeros(1, *input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def float_snapshot(float_model: nn.Module) -> nn.Module:
     """A frozen copy of a float model whose attention is written out, in evaluation mode, without gradients."""
     snapshot = copy.deepcopy(float_model).eval().requires_grad_(False)
-    for name, module in attention_modules(snapshot).items():
-        parent, _, child = name.rpartition(".")
-        setattr(snapshot.get_submodule(parent), child, explicit_form(module))
+    attention_modules(snapshot)  # refuses a model without
+    write_out(snapshot)
     return snapshot.eval()
 
 
@@ -133,8 +169,13 @@ def integer_bounds(proxy: nn.Module) -> tuple[int, int]:
     return 0, levels - 1 - narrow
 
 
-def check_layer(name: str, layer: nn.Module, known: tuple[type[nn.Module], ...]) -> None:
+def check_layer(
+    name: str, layer: nn.Module, known: tuple[type[nn.Module], ...], *, quantized_bias: bool = False
+) -> None:
     """Refuse a Brevitas layer that the simple forms here would compute wrongly.
+
+    Args:
+        quantized_bias: whether the caller knows what the layer's bias is quantized to.
 
     Raises:
         ModelError: if it is of another type than ``known``, not padded with zeros, or quantizes its bias or output.
@@ -143,7 +184,8 @@ def check_layer(name: str, layer: nn.Module, known: tuple[type[nn.Module], ...])
         raise ModelError(
             f"{name}: {type(layer).__name__} cannot be frozen; expected QuantLinear, or QuantConv2d padded with zeros."
         )
-    if layer.output_quant.is_quant_enabled or layer.bias_quant.is_quant_enabled:
+    if layer.output_quant.is_quant_enabled or (layer.bias_quant.is_quant_enabled and not quantized_bias):
         raise ModelError(
-            f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only."
+            f"{name}: output or bias quantizers cannot be frozen; expected weight and input quantizers only. "
+            "frozen_snapshot can freeze biases, if it is told the input_size."
         )

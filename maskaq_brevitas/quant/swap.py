@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 from brevitas.nn import QuantConv2d
-from timm.layers import Mlp
+from brevitas.nn import QuantIdentity
 from torch import nn
 
 from maskaq_brevitas.config import LayerBits, Scheme, parse_bits, resolve_scheme
-from maskaq_brevitas.errors import ConfigurationError, SkippedLayerWarning
+from maskaq_brevitas.errors import ConfigurationError, ModelError, SkippedLayerWarning
 from maskaq_brevitas.models.attention import ChannelAffine
-from maskaq_brevitas.models.families import attention_modules, channel_places, unknown_attention_modules
+from maskaq_brevitas.models.families import (
+    attention_modules,
+    channel_places,
+    is_table,
+    layers_behind_activation,
+    unknown_attention_modules,
+    write_out,
+    written_out,
+)
 from maskaq_brevitas.quant.attention import OPERANDS, quantize_operands
 from maskaq_brevitas.quant.linear import ChannelScaledLinear, TokenLinear
 from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weight_quantizer
@@ -72,7 +80,7 @@ def plan_bits(
     """
     head = _classifier_names(model)
     bits: dict[str, LayerBits] = {}
-    for name, module in model.named_modules():
+    for name, module in written_out(model):
         if type(module) in (nn.Linear, nn.Conv2d):
             if isinstance(module, nn.Conv2d) and name.startswith("patch_embed"):
                 bits[name] = scheme.patch_embed
@@ -83,6 +91,9 @@ def plan_bits(
         for operand in OPERANDS:
             width = scheme.resolved_probability_bits if operand == "probabilities" else scheme.bits.activation
             bits[f"{name}.{operand}"] = LayerBits(scheme.bits.weight, width)
+
+    if scheme.patch_tokens is not None:
+        bits[_patch_tokens(model)] = LayerBits(scheme.patch_embed.weight, scheme.patch_tokens)
 
     for pattern, text in (overrides or {}).items():
         chosen = parse_bits(text)
@@ -121,7 +132,8 @@ def swap_layers(
 
     Raises:
         ConfigurationError: unknown scheme, or a pattern that matches nothing.
-        ModelError: if the model has no known attention.
+        ModelError: if the model has no known attention, its family is refused, or there is no place for the scheme's quantizer
+            of patch tokens.
 
     Warns:
         SkippedLayerWarning: names layers with weights that stay in float.
@@ -130,7 +142,10 @@ def swap_layers(
     plan = plan_bits(model, scheme, overrides)
     skipped = tuple(_skipped_layers(model))
     quant_model = copy.deepcopy(model)
-    asymmetric = _behind_activation_function(quant_model) if scheme.gelu == "asymmetric" else set()
+    attention_modules(quant_model)  # refuses a model without
+    write_out(quant_model)
+    asymmetric = layers_behind_activation(quant_model) if scheme.gelu == "asymmetric" else set()
+    unsigned = set()
     uneven = {name for place in channel_places(quant_model) for name in place.consumers}
     if scheme.equalize:
         # Equalised channels are centred: a signed quantizer without zero point fits them.
@@ -139,13 +154,19 @@ def swap_layers(
     places: list[QuantizedPlace] = []
     for name, module in attention_modules(quant_model).items():
         widths = {operand: plan[f"{name}.{operand}"].activation for operand in OPERANDS}
-        _replace(quant_model, name, quantize_operands(module, widths, scheme))
+        twin = quantize_operands(module, widths, scheme)
+        unsigned |= {f"{name}.{child}" for child in twin.unsigned_layers}
     for name, bits in plan.items():
         if name.rpartition(".")[2] in OPERANDS and name.rpartition(".")[0] in dict(attention_modules(quant_model)):
             places.append(QuantizedPlace(name, "operand", None, bits.activation))
             continue
         layer = quant_model.get_submodule(name)
-        kind: ValueKind = "asymmetric" if name in asymmetric else "signed"
+        if isinstance(layer, nn.Identity):
+            quantizer = activation_quantizer("signed", bits.activation, scheme)
+            _replace(quant_model, name, QuantIdentity(act_quant=quantizer, return_quant_tensor=False).train(layer.training))
+            places.append(QuantizedPlace(name, "tokens", None, bits.activation))
+            continue
+        kind: ValueKind = "asymmetric" if name in asymmetric else scheme.softmax if name in unsigned else "signed"
         channels = layer.in_features if name in uneven - asymmetric and scheme.input_scales == "channel" else None
         _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme, channels))
         title = "linear" if isinstance(layer, nn.Linear) else "convolution"
@@ -190,9 +211,15 @@ def _quantized_layer(
     return twin.train(layer.training)
 
 
-def _behind_activation_function(model: nn.Module) -> set[str]:
-    """Names of linear layers whose input comes from an activation function such as GELU."""
-    return {f"{name}.fc2" for name, module in model.named_modules() if type(module) is Mlp}
+def _patch_tokens(model: nn.Module) -> str:
+    """Name of the idle module between the patch embedding and the tokens, where these are quantized."""
+    name = "patch_embed.norm"
+    if not isinstance(getattr(getattr(model, "patch_embed", None), "norm", None), nn.Identity):
+        raise ModelError(
+            f"{type(model).__name__}: patch tokens cannot be quantized: expected an idle {name}, as a timm ViT has. "
+            "Use a scheme without patch_tokens."
+        )
+    return name
 
 
 def _fill_slots(model: nn.Module) -> None:
@@ -225,11 +252,11 @@ def _skipped_layers(model: nn.Module):
     """Layers that compute with a weight matrix, or attention matmuls, for which no twin is registered."""
     for name, module in unknown_attention_modules(model):
         yield SkippedLayer(name, type(module).__name__, "attention of an unregistered family, its matmuls stay float")
-    for name, module in model.named_modules():
+    for name, module in written_out(model):
         has_matrix = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
         # Models hold tokens and position tables themselves; a layer with children (an adapter) is still a layer.
         is_layer = has_matrix and (isinstance(module, _LAYERS) or not any(True for _ in module.children()))
-        if is_layer and type(module) not in (nn.Linear, nn.Conv2d):
+        if is_layer and type(module) not in (nn.Linear, nn.Conv2d) and not is_table(module):
             yield SkippedLayer(name, type(module).__name__, "no quantized twin for this type")
 
 

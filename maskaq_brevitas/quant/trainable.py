@@ -224,12 +224,12 @@ class _Compiled:
         self.plain = function
         self.compiled = torch.compile(function)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not _Compiled.failed:
             try:
-                return self.compiled(*inputs)
+                return self.compiled(*inputs, **named)
             except Exception as error:  # every backend raises its own; an error of the function itself comes again
-                result = self.plain(*inputs)
+                result = self.plain(*inputs, **named)
                 _Compiled.failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(
@@ -237,7 +237,7 @@ class _Compiled:
                     CompilationWarning, stacklevel=2,
                 )  # fmt: skip
                 return result
-        return self.plain(*inputs)
+        return self.plain(*inputs, **named)
 
 
 def _learned(proxy: nn.Module) -> nn.Module:

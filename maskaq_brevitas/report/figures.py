@@ -11,6 +11,7 @@ import torch
 from brevitas.nn import QuantIdentity
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
+from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
 from maskaq_brevitas.quant.attention import OPERANDS
@@ -51,6 +52,8 @@ class PlaceFigures:
         macs: multiply-accumulates for one image. The first operand of each matmul (query, probabilities) carries those
             of the matmul, the second (key, value) 0.
         bops: bit operations for one image: MACs x width of one factor x width of the other.
+        arriving_bits: width of the layer's input where an earlier quantizer of the model quantized it, as in models
+            that Brevitas' FX flows quantize; ``None`` where the layer has its own quantizer, or nothing quantized it.
     """
 
     name: str
@@ -59,6 +62,7 @@ class PlaceFigures:
     activation: QuantizerFigures | None
     macs: int
     bops: int
+    arriving_bits: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +132,7 @@ def measure_places(quant_model: nn.Module, batches: Iterable[Tensor], macs: dict
             proxies[name] = module.input_quant
         elif isinstance(module, QuantIdentity):
             proxies[name] = module.act_quant
-    powers = _activation_powers(quant_model, proxies, batches)
+    powers, arriving = _activation_powers(quant_model, proxies, batches)
     found: dict[str, PlaceFigures] = {}
     for name, proxy in proxies.items():
         module = quant_model.get_submodule(name)
@@ -136,8 +140,9 @@ def measure_places(quant_model: nn.Module, batches: Iterable[Tensor], macs: dict
         activation = _activation_figures(proxy, powers.get(name)) if proxy.is_quant_enabled else None
         kind = "operand" if weight is None and isinstance(module, QuantIdentity) else _plain_type(module)
         found[name] = PlaceFigures(
-            name=name, kind=kind, weight=weight, activation=activation, macs=macs.get(name, 0), bops=0
-        )
+            name=name, kind=kind, weight=weight, activation=activation, macs=macs.get(name, 0), bops=0,
+            arriving_bits=arriving.get(name),
+        )  # fmt: skip
     return [replace(place, bops=place.macs * math.prod(_factor_bits(place, found))) for place in found.values()]
 
 
@@ -161,9 +166,12 @@ def measure_cost(
     )
 
 
-def _activation_powers(quant_model: nn.Module, proxies: dict[str, nn.Module], batches) -> dict[str, list[float]]:
-    """Sums of ``x^2`` and ``(Q(x) - x)^2`` at every proxy."""
+def _activation_powers(
+    quant_model: nn.Module, proxies: dict[str, nn.Module], batches: Iterable[Tensor]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Sums of ``x^2`` and ``(Q(x) - x)^2`` at every proxy; the width of what reaches the others quantized already."""
     powers: dict[str, list[float]] = {}
+    arriving: dict[str, int] = {}
 
     def note(name: str):
         def hook(_module: nn.Module, inputs: tuple, output: object) -> None:
@@ -174,17 +182,26 @@ def _activation_powers(quant_model: nn.Module, proxies: dict[str, nn.Module], ba
 
         return hook
 
+    def note_width(name: str):
+        def hook(_module: nn.Module, inputs: tuple) -> None:
+            if isinstance(inputs[0], QuantTensor):
+                arriving[name] = int(inputs[0].bit_width)
+
+        return hook
+
     handles = []
     try:
         for name, proxy in proxies.items():
             if proxy.is_quant_enabled:
                 handles.append(proxy.register_forward_hook(note(name)))
+            else:
+                handles.append(quant_model.get_submodule(name).register_forward_pre_hook(note_width(name)))
         for images in batches:
             quant_model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return powers
+    return powers, arriving
 
 
 def _plain(value: object) -> Tensor:
@@ -230,7 +247,7 @@ def _factor_bits(place: PlaceFigures, by_name: dict[str, PlaceFigures]) -> tuple
         partner = {"query": "key", "key": "query", "probabilities": "value", "value": "probabilities"}[operand]
         other = by_name.get(f"{attention}.{partner}")
         return _bits(place.activation), _bits(other.activation if other is not None else None)
-    return _bits(place.weight), _bits(place.activation)
+    return _bits(place.weight), place.arriving_bits or _bits(place.activation)
 
 
 def _bits(figures: QuantizerFigures | None) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.report.figures import (
     Cost,
@@ -65,7 +66,8 @@ class Report:
         title: model and scheme.
         places: every quantized layer and operand, in the model's order.
         cost: totals.
-        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held back"``).
+        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held back"``); of a model
+            without classes the mean cosine similarity of its features to the float model's.
         accuracy: rows on labelled data, if there was any.
         details: everything else as plain values: skipped layers, notes, equalised places, range factors, redrawn
             images, refreshes, export and its check, configuration, stages.
@@ -136,12 +138,16 @@ class Report:
         yield f"- {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} GMACs per image"
         yield f"- share of MACs that runs quantized: {cost.macs_quantized / cost.macs:.2%}"
         for name, share in self.agreement.items():
-            yield f"- top-1 equal to the float model on the {name} images: {share:.2%}"
+            kind = "cosine similarity of the features with" if details["features"] else "top-1 equal to"
+            yield f"- {kind} the float model on the {name} images: {share:.2%}"
         for note in details["notes"]:
             yield f"- {note}"
         if details["qonnx"]:
-            yield heading("QONNX check")
+            yield heading("Check of the exported file")
             yield "\n".join(f"- {key}: {value}" for key, value in details["qonnx"].items())
+        if details["card"]:
+            yield heading("QONNX model card")
+            yield from _card_lines(details["card"], table)
         yield heading("Quantized places")
         yield table(
             ["name", "type", "weight bits", "weight scale", "weight SQNR [dB]", "activation bits", "activation scale",
@@ -179,6 +185,7 @@ def make_report(
     *,
     rows: Iterable[AccuracyRow] | None = None,
     qonnx_check: Any | None = None,
+    model_card: Any | None = None,
     title: str | None = None,
 ) -> Report:
     """The report of a calibrated run. SQNRs are measured on the held-back images (on the pool if there are none).
@@ -186,7 +193,8 @@ def make_report(
     Args:
         calibrator: whose quant model is calibrated; it is left as it was.
         rows: accuracy on labelled data.
-        qonnx_check: a :class:`~maskaq_brevitas.export.verify.QonnxCheck`.
+        qonnx_check: a :class:`~maskaq_brevitas.export.verify.QonnxCheck` of the exported file.
+        model_card: a :class:`~maskaq_brevitas.export.card.ModelCard`, if it is a QONNX file.
         title: what the run is called; default: type of the model and scheme.
     """
     pool = calibrator.ensure_images()
@@ -208,15 +216,16 @@ def make_report(
         }
     check = None if qonnx_check is None else dataclasses.asdict(qonnx_check)
     return Report(
-        title=title or f"{type(calibrator.float_model).__name__}, {calibrator.scheme.name}",
+        title=title or f"{type(calibrator.float_model).__name__}, {_origin(calibrator)}",
         places=tuple(places),
         cost=cost,
         agreement=agreement,
         accuracy=tuple(rows or ()),
         details={
             "notes": list(_notes(calibrator)),
+            "features": not has_classes(calibrator.float_model),
             "skipped_layers": [dataclasses.asdict(layer) for layer in _skipped(calibrator)],
-            "float_by_design": _FLOAT_BY_DESIGN,
+            "float_by_design": _FLOAT_BY_DESIGN if calibrator.swap_record is not None else None,
             "equalized_places": [
                 {name: value for name, value in vars(place).items() if name not in ("consumers", "scales")}
                 for place in calibrator.equalized
@@ -227,6 +236,7 @@ def make_report(
             "history": calibrator.history,
             "best_epoch": getattr(calibrator, "best_epoch", None),
             "qonnx": check,
+            "card": None if model_card is None else dataclasses.asdict(model_card),
             "configuration": calibrator.identity(),
             "stages": calibrator.stages,
         },
@@ -234,11 +244,28 @@ def make_report(
     )
 
 
+def _card_lines(card: dict[str, Any], table) -> Iterator[str]:
+    """Costs and data types as qonnx reads them from the file; the totals above are counted on the PyTorch model."""
+    yield table(["operands", "MMACs"], [[types, f"{count / 1e6:.3f}"] for types, count in card["macs_by_type"].items()])
+    yield ""
+    yield f"- {card['macs'] / 1e6:.3f} MMACs, {card['bops'] / 1e9:.3f} GBOPs per image (qonnx.util.inference_cost)"
+    yield f"- weights: {card['weights']:,}, {card['weight_bits'] / 8e6:.3f} MB"
+    yield f"- outputs of convolutions and matrix products: {card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    yield f"- operators that are not counted: {', '.join(card['uncounted']) or 'none'}"
+    counts = Counter(card["tensors"].values())
+    yield f"- data types of {len(card['tensors'])} tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+    yield ""
+    yield table(["quantizer", "data type"], list(card["quantizers"].items()))
+
+
 def _batches(calibrator: DataFreeCalibrator, pool: SyntheticImages) -> Iterator[Tensor]:
     return device_batches(pool, calibrator.batch_size or 16, calibrator.device)
 
 
 def _agreement(floating: nn.Module, quantized: nn.Module, batches: Iterable[Tensor]) -> float:
+    if not has_classes(floating):
+        pairs = [(floating(images).flatten(1), quantized(images).flatten(1)) for images in batches]
+        return float(torch.cat([torch.cosine_similarity(p, q, dim=1) for p, q in pairs]).double().mean())
     equal = [floating(images).argmax(-1) == quantized(images).argmax(-1) for images in batches]
     return float(torch.cat(equal).double().mean())
 
@@ -247,7 +274,14 @@ def _skipped(calibrator: DataFreeCalibrator) -> Sequence[Any]:
     return calibrator.swap_record.skipped if calibrator.swap_record is not None else ()
 
 
+def _origin(calibrator: DataFreeCalibrator) -> str:
+    return calibrator.scheme.name if calibrator.swap_record is not None else "quant model as given"
+
+
 def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
+    if calibrator.swap_record is None:
+        yield "the quant model was given: what it leaves in float is not known here, and was not chosen here"
+        return
     scheme = calibrator.scheme
     yield f"float by design: {_FLOAT_BY_DESIGN}"
     skipped = "; ".join(f"{layer.name} ({layer.type_name}: {layer.reason})" for layer in _skipped(calibrator))
@@ -282,7 +316,9 @@ def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
 def _place_row(place: PlaceFigures) -> list[str]:
     weight, activation = place.weight, place.activation
     return [
-        place.name, place.kind, *_quantizer_cells(weight), *_quantizer_cells(activation)[:2],
+        place.name, place.kind, *_quantizer_cells(weight),
+        _quantizer_cells(activation)[0] if place.arriving_bits is None else str(place.arriving_bits),
+        _quantizer_cells(activation)[1],
         _or_dash(None if activation is None else activation.zero_point), _quantizer_cells(activation)[2],
         f"{place.macs / 1e6:.3f}",
     ]  # fmt: skip

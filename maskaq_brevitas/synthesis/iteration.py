@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.config import AttentionKind, SynthesisConfig
-from maskaq_brevitas.errors import MemoryWarning
+from maskaq_brevitas.errors import ConfigurationError, MemoryWarning
 from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
 from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.geometry import Geometry
@@ -75,8 +75,8 @@ class _Draws:
     flipped: bool
     factors: Tensor
     offsets: Tensor
-    head_rows: Tensor | None
-    entropy_rows: Tensor | None
+    head_rows: list[Tensor | None] | None
+    entropy_rows: list[Tensor | None] | None
     dropping: Tensor  # (batch, patches), or (layers, batch, patches) for a mask per layer
 
 
@@ -173,9 +173,16 @@ def _draw(
     )
     flipped = config.flip and bool(torch.rand((), generator=generator) < 0.5)
     patches = tokens.places.shape[1]
-    head_rows = _rows(config.head_rows, patches, generator) if config.head_weight > 0 else None
-    entropy_rows = _rows(config.entropy_rows, patches, generator) if config.entropy_weight > 0 else None
-    layers = (len(attention_modules(both.float_snapshot)),) if config.mask_per_layer and config.mask_enabled else ()
+    modules = len(attention_modules(both.float_snapshot))
+    queries = [patches] * modules  # of each layer
+    if geometry.layouts:
+        queries = [
+            patches if layout.window is None and not layout.pooling and layout.grid == geometry.grid else layout.queries
+            for layout in geometry.layouts
+        ]
+    head_rows = _rows(config.head_rows, queries, generator) if config.head_weight > 0 else None
+    entropy_rows = _rows(config.entropy_rows, queries, generator) if config.entropy_weight > 0 else None
+    layers = (modules,) if config.mask_per_layer and config.mask_enabled else ()
     dropping = torch.rand((*layers, len(images), patches), generator=generator)
     return _Draws(down, right, flipped, factors, offsets, head_rows, entropy_rows, dropping)
 
@@ -195,6 +202,10 @@ def _of_part(
     leaves = images[part].detach().requires_grad_(True)
     try:
         terms = _terms(part, leaves, labels[part], both, tokens, geometry, config, progress, draws)
+        if not terms:
+            raise ConfigurationError(
+                f"Nothing shapes the images: {type(both.float_snapshot).__name__} has no classes, and every other weight is 0."
+            )
         objective = sum(weight * term for weight, term in terms.values())
         (gradient,) = torch.autograd.grad(objective.sum(), leaves)
         seen = received(both.seen_by_float, config.mask_attention, geometry, both.float_snapshot).detach().mean(dim=0)
@@ -220,27 +231,35 @@ def _terms(
     x = x.flip(-1) if draws.flipped else x
     if both.choice is not None:
         both.choice.indices = tokens.tokens(draws.down, draws.right, draws.flipped)[part].to(x.device)
-    prefix, patches = geometry.prefix_tokens, tokens.places.shape[1]
+    patches = tokens.places.shape[1]
     terms: dict[str, tuple[float, Tensor]] = {}
     with autocast(config, x.device):
         logits = both.float_snapshot(x)
-        if both.quant_snapshot is not None:
-            both.quant_snapshot(x)
+        quant_logits = None if both.quant_snapshot is None else both.quant_snapshot(x)
     if config.class_weight > 0 and geometry.num_classes > 0:
         terms["class"] = config.class_weight, objectives.class_loss(logits.float(), labels)
+    elif config.class_weight > 0 and quant_logits is not None:
+        terms["features"] = config.class_weight, objectives.feature_alignment_loss(logits, quant_logits)
     if config.tv_weight > 0:
         norm = objectives.total_variation if config.tv_norm == "l2" else objectives.total_variation_l1
         terms["tv"] = config.tv_weight, norm(images)
 
-    def seen(kind: AttentionKind) -> list[Tensor]:
-        return _attention(both.seen_by_float, kind, geometry, both.float_snapshot)
+    def seen(kind: AttentionKind) -> tuple[list[Tensor], int]:
+        """Attention of each layer, and the number of prefix tokens that are still in it."""
+        attention = _attention(both.seen_by_float, kind, geometry, both.float_snapshot)
+        if not geometry.layouts:
+            return attention, geometry.prefix_tokens
+        return [layout.among_patches(layer) for layout, layer in zip(geometry.layouts, attention, strict=True)], 0
+
+    def on_device(rows: list[Tensor | None] | None) -> list[Tensor | None] | None:
+        return None if rows is None else [None if chosen is None else chosen.to(x.device) for chosen in rows]
 
     if config.head_weight > 0:
-        rows = None if draws.head_rows is None else draws.head_rows.to(x.device)
-        terms["head"] = config.head_weight, objectives.head_coherence_loss(seen(config.head_attention), prefix, rows)
+        head = objectives.head_coherence_loss(*seen(config.head_attention), on_device(draws.head_rows), images=len(x))
+        terms["head"] = config.head_weight, head
     if config.entropy_weight > 0:
-        rows = None if draws.entropy_rows is None else draws.entropy_rows.to(x.device)
-        terms["entropy"] = config.entropy_weight, objectives.entropy_loss(seen(config.entropy_attention), prefix, rows)
+        entropy = objectives.entropy_loss(*seen(config.entropy_attention), on_device(draws.entropy_rows), images=len(x))
+        terms["entropy"] = config.entropy_weight, entropy
     if both.quant_snapshot is not None:
         share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
         mask, float_rows = informative(both.seen_by_float, geometry, config, both.float_snapshot, min(1.0, share))
@@ -250,11 +269,13 @@ def _terms(
     return terms
 
 
-def _rows(count: int | None, patches: int, generator: torch.Generator) -> Tensor | None:
-    """``count`` of the patches drawn at random, indices; None for all."""
-    if count is None or count >= patches:
-        return None
-    return torch.randperm(patches, generator=generator)[:count]
+def _rows(count: int | None, queries: list[int], generator: torch.Generator) -> list[Tensor | None]:
+    """``count`` of the queries of each layer drawn at random, indices; None for all. Layers of one size share a draw."""
+    drawn = {
+        size: None if count is None or count >= size else torch.randperm(size, generator=generator)[:count]
+        for size in dict.fromkeys(queries)
+    }
+    return [drawn[size] for size in queries]
 
 
 def informative(
@@ -271,8 +292,12 @@ def informative(
 
 
 def received(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> Tensor:
-    """The attention that each patch received, ``(layers, batch, patches)``."""
+    """The attention that each patch received, ``(layers, batch, patches)``, on the grid that all layers have in common."""
     attention = _attention(record, kind, geometry, model)
+    if geometry.layouts:
+        return torch.stack([
+            layout.received(layer, geometry.grid) for layout, layer in zip(geometry.layouts, attention, strict=True)
+        ])  # fmt: skip
     return masks.received_attention(attention, geometry.prefix_tokens, geometry.class_token)
 
 

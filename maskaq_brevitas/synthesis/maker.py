@@ -127,7 +127,7 @@ class PoolMaker:
             What changed, with the alignment before and after.
         """
         version = self.pool.version + 1
-        snapshot = frozen_snapshot(quant_model)
+        snapshot = frozen_snapshot(quant_model, self.geometry.input_size)
         entry = dict(event="refresh", version=version, images=count, steps=steps, start=start)
         name = _plan_name(version)
         plan = {**entry, "quant_model": fingerprint(quant_model)}
@@ -153,7 +153,9 @@ class PoolMaker:
         """What :meth:`refresh` would have returned, for the pool's present version, if the run had not died after it."""
         entry = run.read_json(_plan_name(self.pool.version))
         del entry["quant_model"]
-        return {**entry, "alignment_after": self.alignment(frozen_snapshot(quant_model))}
+        return {**entry, "alignment_after": self.alignment(
+            frozen_snapshot(quant_model, self.geometry.input_size)
+        )}
 
     @torch.no_grad()
     def alignment(self, quant_snapshot: nn.Module) -> float:

@@ -1,6 +1,7 @@
 """The five terms of the synthesis objective, as pure functions of tensors (METHOD.md, section 2).
 
-Attention maps are ``(batch, heads, tokens, tokens)`` per layer; ``prefix`` counts the tokens before the patch tokens.
+Attention maps are ``(batch, heads, tokens, tokens)`` per layer; ``prefix`` counts the tokens before the patch tokens. Layers
+may differ in size; where attention stays inside windows, all windows of the first image come first, and an image gets their mean.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from torch.nn import functional as F
 __all__ = [
     "class_loss",
     "entropy_loss",
+    "feature_alignment_loss",
     "head_coherence_loss",
     "masked_alignment_loss",
     "similarity_entropy",
     "total_variation",
     "total_variation_l1",
 ]
+
+Rows = Tensor | Sequence[Tensor | None] | None
 
 _SSIM_C1 = 0.01**2
 _SSIM_C2 = 0.03**2
@@ -73,7 +77,9 @@ def total_variation_l1(images: Tensor) -> Tensor:
     return horizontal + vertical
 
 
-def head_coherence_loss(attention: Sequence[Tensor], prefix: int, rows: Tensor | None = None) -> Tensor:
+def head_coherence_loss(
+    attention: Sequence[Tensor], prefix: int, rows: Rows = None, *, images: int | None = None
+) -> Tensor:
     """Disagreement of the heads on where each patch looks: mean of 1 - SSIM^2 over pairs of heads (MimiQ; L_head).
 
     For each layer, image and query patch, the attention over patches is min-max normalised per head; global SSIM with
@@ -82,20 +88,21 @@ def head_coherence_loss(attention: Sequence[Tensor], prefix: int, rows: Tensor |
     Args:
         attention: one ``(batch, heads, tokens, tokens)`` per layer.
         prefix: tokens before the patches.
-        rows: indices of the query patches to use in each layer, ``(rows,)``; all if None. Patches count alike, so a
-            random sample gives the same loss on average.
+        rows: indices of the query patches to use in each layer, ``(rows,)``, or such indices for each layer; all if None.
+            Patches count alike, so a random sample gives the same loss on average.
+        images: in the batch; None: as many as its first dimension, so without windows.
 
     Returns:
-        ``(batch,)``, between 0 (all heads agree) and 1; zero for a model with one head.
+        ``(images,)``, between 0 (all heads agree) and 1; zero for a model with one head.
     """
     per_layer = []
-    for layer in attention:
+    for layer, chosen in zip(attention, _of_each_layer(rows, attention), strict=True):
         heads = layer.shape[1]
         if heads < 2:
-            per_layer.append(layer.new_zeros(layer.shape[0], dtype=torch.float32))
+            per_layer.append(_per_image(layer.new_zeros(layer.shape[0], dtype=torch.float32), images))
             continue
         # (batch, heads, queries, keys) -> (batch, queries, heads, keys)
-        maps = _among_patches(layer, prefix, rows).float().transpose(1, 2)
+        maps = _among_patches(layer, prefix, chosen).float().transpose(1, 2)
         low = maps.amin(dim=-1, keepdim=True)
         maps = (maps - low) / (maps.amax(dim=-1, keepdim=True) - low + 1e-8)
         mean = maps.mean(dim=-1, keepdim=True)
@@ -109,7 +116,7 @@ def head_coherence_loss(attention: Sequence[Tensor], prefix: int, rows: Tensor |
             * (variance.unsqueeze(-1) + variance.unsqueeze(-2) + _SSIM_C2)
         )
         first, second = torch.triu_indices(heads, heads, offset=1, device=layer.device)
-        per_layer.append((1 - ssim[..., first, second].square()).mean(dim=(1, 2)))
+        per_layer.append(_per_image((1 - ssim[..., first, second].square()).mean(dim=(1, 2)), images))
     return torch.stack(per_layer).mean(dim=0)
 
 
@@ -134,18 +141,43 @@ def similarity_entropy(attention: Tensor, prefix: int, rows: Tensor | None = Non
     return 0.5 * torch.log(2 * math.pi * math.e * (variance + 1e-8))
 
 
-def entropy_loss(attention: Sequence[Tensor], prefix: int, rows: Tensor | None = None) -> Tensor:
+def entropy_loss(
+    attention: Sequence[Tensor], prefix: int, rows: Rows = None, *, images: int | None = None
+) -> Tensor:
     """Negative mean over layers of :func:`similarity_entropy` (MaskAQ, L_entropy).
+
+    A layer with one query (attention pooling, a window of one patch) has no similarity of patches, and is left out.
 
     Args:
         attention: one ``(batch, heads, tokens, tokens)`` per layer.
         prefix: tokens before the patches.
-        rows: indices of the rows to use in each layer, ``(rows,)``; all if None.
+        rows: indices of the rows to use in each layer, ``(rows,)``, or such indices for each layer; all if None.
+        images: in the batch; None: as many as its first dimension, so without windows.
 
     Returns:
-        ``(batch,)``, in nats.
+        ``(images,)``, in nats.
     """
-    return -torch.stack([similarity_entropy(layer, prefix, rows) for layer in attention]).mean(dim=0)
+    per_layer = [
+        _per_image(similarity_entropy(layer, prefix, chosen), images)
+        for layer, chosen in zip(attention, _of_each_layer(rows, attention), strict=True)
+        if layer.shape[2] - prefix > 1
+    ]
+    if not per_layer:
+        return attention[0].new_zeros(len(attention[0]) if images is None else images, dtype=torch.float32)
+    return -torch.stack(per_layer).mean(dim=0)
+
+
+def feature_alignment_loss(float_features: Tensor, quant_features: Tensor) -> Tensor:
+    """Squared distance of both networks' features, by the power of P's: what stands in for classes where there are none.
+
+    Args:
+        float_features, quant_features: outputs of P and Q, ``(batch, ...)``.
+
+    Returns:
+        ``(batch,)``; 0 for equal features, 1 if the distance is as large as P's features.
+    """
+    p, q = float_features.flatten(1).float(), quant_features.flatten(1).float()
+    return (p - q).square().sum(dim=1) / p.detach().square().sum(dim=1).clamp_min(1e-12)
 
 
 def masked_alignment_loss(float_rows: Tensor, quant_rows: Tensor, mask: Tensor) -> Tensor:
@@ -170,6 +202,15 @@ def _among_patches(attention: Tensor, prefix: int, rows: Tensor | None) -> Tenso
         return attention[..., prefix:, prefix:]
     # Rows first: the gradient of a slice fills a tensor of the whole attention.
     return attention.index_select(2, rows + prefix)[..., prefix:]
+
+
+def _of_each_layer(rows: Rows, attention: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return [rows] * len(attention) if rows is None or isinstance(rows, Tensor) else rows
+
+
+def _per_image(values: Tensor, images: int | None) -> Tensor:
+    """Mean over the windows of each image: ``(images * windows,)`` to ``(images,)``."""
+    return values if images is None else values.reshape(images, -1).mean(dim=1)
 
 
 def _norm(differences: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maskaq_brevitas.errors import InputError, ModelError
 
-__all__ = ["calibrate", "is_calibrated", "provisional_calibration", "reset_calibration"]
+__all__ = ["calibrate", "is_calibrated", "provisional_calibration", "reset_calibration", "returned_quant_tensors"]
 
 
 def is_calibrated(quant_model: nn.Module) -> bool:
@@ -72,12 +72,27 @@ def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
             module.training = mode
 
 
+def returned_quant_tensors(quant_model: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module that can do so returns a QuantTensor at the moment."""
+    return {
+        module: module.return_quant_tensor for module in quant_model.modules() if hasattr(module, "return_quant_tensor")
+    }
+
+
 @contextmanager
-def provisional_calibration(quant_model: nn.Module, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
+def provisional_calibration(
+    quant_model: nn.Module, batches: Iterable[Tensor], returned: Mapping[nn.Module, bool] | None = None
+) -> Iterator[nn.Module]:
     """A context in which ``quant_model`` is calibrated on ``batches``; afterwards its quantizers are as they were.
 
     Also in the middle of someone else's ``calibration_mode``, which keeps its statistics and goes on. (A deep copy would
     not do: Brevitas' MSE search of the copy calls the original.)
+
+    Args:
+        quant_model: a model with Brevitas quantizers.
+        batches: as for :func:`calibrate`.
+        returned: which modules return a QuantTensor when nobody calibrates, see :func:`returned_quant_tensors`. Only
+            needed in the middle of someone else's ``calibration_mode``, which switches that off.
 
     Raises:
         InputError, ModelError: as :func:`calibrate` does.
@@ -98,6 +113,8 @@ def provisional_calibration(quant_model: nn.Module, batches: Iterable[Tensor]) -
             for switch in ("disable_quant", "observer_only"):
                 if switch in vars(module):
                     setattr(module, switch, False)
+        for module, value in (returned or {}).items():
+            module.return_quant_tensor = value
         quant_model.eval()
         calibrate(quant_model, batches)
         yield quant_model

@@ -21,10 +21,11 @@ from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.errors import InputError, ModelError, TuningError
 from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
 from maskaq_brevitas.models.block_tap import block_tap
+from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.token_choice import TokenChoice, draw_tokens, patch_count, token_choice
 from maskaq_brevitas.quant.trainable import biases_follow, compile_blocks, scales_turn, set_pivots, training_twin
-from maskaq_brevitas.tuning.losses import block_error, context_distance, temperature_divergence
+from maskaq_brevitas.tuning.losses import block_error, context_distance, output_divergence
 
 __all__ = ["Distiller", "Losses", "augment", "parameter_groups"]
 
@@ -233,7 +234,7 @@ class Distiller:
         """Draw the tokens that both networks see of each image, unless they see all."""
         if choice is None:
             return
-        patches = patch_count(self.quant_model)
+        patches = patch_count(self.float_snapshot)
         kept = max(1, round(self.config.kept_tokens * patches))
         choice.indices = draw_tokens(len(images), patches, kept, self.prefix, generator).to(images.device)
 
@@ -250,7 +251,9 @@ class Distiller:
             with torch.no_grad():
                 float_logits = self.teacher(images)
             quant_logits = self.network(images)
-        divergence = temperature_divergence(float_logits, quant_logits, self.config.temperature)
+        divergence = output_divergence(
+            float_logits, quant_logits, has_classes(self.quant_model), self.config.temperature
+        )
         distance = features = torch.zeros_like(divergence)
         if taps.contexts is not None:
             distance = context_distance(

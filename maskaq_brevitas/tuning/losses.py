@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.quant.equalize import row_importance
 
-__all__ = ["block_error", "context_distance", "temperature_divergence", "token_weights"]
+__all__ = ["block_error", "context_distance", "output_divergence", "temperature_divergence", "token_weights"]
 
 _SSIM_C2 = 0.03**2
 
@@ -43,6 +43,21 @@ def temperature_divergence(float_logits: Tensor, quant_logits: Tensor, temperatu
     target = F.log_softmax(float_logits.float() / temperature, dim=-1)
     found = F.log_softmax(quant_logits.float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(found, target, reduction="batchmean", log_target=True)
+
+
+def output_divergence(float_output: Tensor, quant_output: Tensor, classes: bool, temperature: float = 5.0) -> Tensor:
+    """How far the outputs of two networks lie apart: :func:`temperature_divergence` of logits, or of features their
+    squared distance by the power of P's.
+
+    Args:
+        float_output, quant_output: ``(batch, outputs)``; features may have more dimensions.
+        classes: whether they are logits.
+        temperature: of the divergence of logits.
+    """
+    if classes:
+        return temperature_divergence(float_output, quant_output, temperature)
+    p, q = float_output.flatten(1).float(), quant_output.flatten(1).float()
+    return ((p - q).square().sum(dim=1) / p.square().sum(dim=1).clamp_min(1e-12)).mean()
 
 
 def token_weights(float_context: Tensor, share: float = 0.1, weight: float = 2.0) -> Tensor:
@@ -92,9 +107,10 @@ def context_distance(
             f"Expected one context (batch, heads, tokens, head_dim) per layer, of the same shapes for both networks; "
             f"got {shapes[0]} and {shapes[1]}. Record both in the same forward pass of the same images."
         )
-    first = 0 if include_prefix else prefix
     distances = []
     for p, q in zip(float_context, quant_context, strict=True):
+        # Attention pooling has queries that are no tokens: all count.
+        first = 0 if include_prefix or p.shape[2] <= prefix else prefix
         p, q = p[:, :, first:].float(), q[:, :, first:].float()
         weights = token_weights(p.detach())[:, None, :, None]  # (batch, 1, tokens, 1)
         p = p - (weights * p).sum(dim=2, keepdim=True)
@@ -113,7 +129,8 @@ def block_error(output: Tensor, target: Tensor, token_weights: Tensor | None = N
 
     Args:
         output, target: ``(images, tokens, channels)``.
-        token_weights: further weight per token, ``(images, tokens)``.
+        token_weights: further weight per token, ``(images, tokens)``, or on a grid ``(images, rows, columns)`` of another size
+            than that of outputs ``(images, rows, columns, channels)``: a token then gets the mean of what it covers.
 
     Returns:
         A scalar; about 1 if the error is as large as the target.
@@ -121,6 +138,8 @@ def block_error(output: Tensor, target: Tensor, token_weights: Tensor | None = N
     rows = target.reshape(-1, target.shape[-1])
     importance = row_importance(rows)
     if token_weights is not None:
+        if token_weights.ndim == 3:
+            token_weights = F.adaptive_avg_pool2d(token_weights.float(), target.shape[1:3])
         weights = token_weights.reshape(-1, 1).to(importance)
         importance = importance * weights / weights.mean()
     return ((output.reshape_as(rows) - rows).square() * importance).sum()

@@ -23,7 +23,7 @@ from maskaq_brevitas.quant.equalize import has_channel_scales, row_importance
 from maskaq_brevitas.quant.observe import collect_rows
 from maskaq_brevitas.quant.snapshot import integer_bounds
 
-__all__ = ["search_ranges", "set_channel_scales", "undo_bias_correction"]
+__all__ = ["mean_weight_error", "search_ranges", "set_channel_scales", "undo_bias_correction"]
 
 _CANDIDATES = 40
 _LOWEST = 0.01
@@ -83,12 +83,23 @@ def _correct_bias(layer: QuantLinear, values: Tensor) -> None:
 
     It matters most where channels are shifted: there an input's mean is far from zero.
     """
-    weight, rounded = layer.weight.detach().float(), layer.quant_weight()
-    importance = row_importance(values @ weight.T)
+    importance = row_importance(values @ layer.weight.detach().float().T)
     mean = (_quantized(layer, values) * importance).sum(dim=0) / importance.sum()
     layer.input_mean.copy_(mean)
-    layer.bias_correction.copy_((weight - getattr(rounded, "value", rounded)) @ mean)
+    layer.bias_correction.copy_(mean_weight_error(layer))
     layer.bias.data += layer.bias_correction
+
+
+@torch.no_grad()
+def mean_weight_error(layer: QuantLinear) -> Tensor:
+    """What rounding the weight takes off the layer's output for its mean input, ``(out_features,)``: its bias holds it.
+
+    The mean is the buffer ``input_mean``, zero without bias correction. Tuning keeps it up to date, and the bias with it.
+    """
+    if not layer.input_mean.any():
+        return layer.input_mean.new_zeros(layer.out_features)
+    rounded = layer.quant_weight()
+    return (layer.weight.detach().float() - getattr(rounded, "value", rounded)) @ layer.input_mean
 
 
 @torch.no_grad()
@@ -96,7 +107,7 @@ def undo_bias_correction(quant_model: nn.Module) -> None:
     """Take what :func:`search_ranges` put into the biases out of them again, before a model is calibrated anew."""
     for module in quant_model.modules():
         if hasattr(module, "bias_correction"):
-            module.bias.data -= module.bias_correction
+            module.bias.data -= mean_weight_error(module)
             module.bias_correction.zero_()
             module.input_mean.zero_()
 

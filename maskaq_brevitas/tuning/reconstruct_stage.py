@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.config import ReconstructConfig
-from maskaq_brevitas.models.families import block_names, features_behind
+from maskaq_brevitas.models.block_path import bound_arguments
+from maskaq_brevitas.models.families import block_names, block_passages, features_behind
 from maskaq_brevitas.progress import BarFactory, random_stream
 from maskaq_brevitas.run_directory import RunDirectory
 from maskaq_brevitas.synthesis.maker import PoolMaker
@@ -90,12 +92,20 @@ class ReconstructStage:
         data = self._data(self.maker.pool, folder, varied_by=self.config.variants)
         held_back = None if self.maker.held_back is None else self._data(self.maker.held_back, folder)
         parts = [part for part in (data, held_back) if part is not None]
-        with self.bar(len(self.names) * self.config.steps, "Reconstructing blocks") as bar:
+        image = self.maker.pool.images()[:1].to(self.maker.device)
+        passages = block_passages(self.quant_model)
+        with (
+            bound_arguments(self.maker.float_snapshot, image),
+            bound_arguments(self.quant_model, image),
+            self.bar(len(self.names) * self.config.steps, "Reconstructing blocks") as bar,
+        ):
             for index, name in enumerate(self.names):
                 start = time.perf_counter()
                 float_block = self.maker.float_snapshot.get_submodule(name)
                 quant_block = self.quant_model.get_submodule(name)
                 for part in parts:
+                    if name in passages:
+                        self._pass(part, passages[name], folder)
                     through(float_block, part.float_inputs, self.config.batch_size, part.targets)
                 if index < self.blocks:
                     bar.update(self.config.steps)
@@ -126,9 +136,30 @@ class ReconstructStage:
         if self.config.informative_weight != 1:
             patches = torch.where(pool.informative, self.config.informative_weight, 1.0)
             weights = torch.cat([torch.ones(len(pool), self.maker.geometry.prefix_tokens), patches], dim=1)
+            if block_passages(self.quant_model):  # stages have grids of their own
+                weights = patches.view(-1, *self.maker.geometry.grid)
         if varied_by > 1:
             images = varied(images, varied_by, random_stream(self.maker.seed, _BLOCKS + self.stage, 99_999))
             weights = None  # the informative patches of a crop lie elsewhere
+
+        size, store = self.config.batch_size, self._storage(folder)
+        float_inputs = block_inputs(self.maker.float_snapshot, images, size, store)
+        quant_inputs = block_inputs(self.quant_model, images, size, store)
+        return BlockData(float_inputs, quant_inputs, store(tuple(float_inputs.shape), float_inputs), weights)
+
+    def _pass(self, part: BlockData, passage: str, folder: Path) -> None:
+        """Bring the inputs to the block behind ``passage``: other tokens, of another size."""
+        store, size = self._storage(folder), self.config.batch_size
+        shape = None
+        for model, inputs in ((self.maker.float_snapshot, "float_inputs"), (self.quant_model, "quant_inputs")):
+            module, before = model.get_submodule(passage), getattr(part, inputs)
+            with torch.no_grad():
+                shape = (len(before), *module(before[:1].to(self.maker.device)).shape[1:])
+            setattr(part, inputs, through(module, before, size, store(shape, before)))
+        part.targets = store(shape, part.float_inputs)
+
+    def _storage(self, folder: Path) -> Callable[[tuple[int, ...], Tensor], Tensor]:
+        """Makes an empty tensor of a shape, of the type of another: in memory, or in a file if it is too large."""
 
         def store(shape: tuple[int, ...], like: Tensor) -> Tensor:
             count = torch.Size(shape).numel()
@@ -137,10 +168,7 @@ class ReconstructStage:
             file = folder / f"{len(list(folder.iterdir()))}.bin"
             return torch.from_file(str(file), shared=True, size=count, dtype=like.dtype).view(shape)
 
-        size = self.config.batch_size
-        float_inputs = block_inputs(self.maker.float_snapshot, images, size, store)
-        quant_inputs = block_inputs(self.quant_model, images, size, store)
-        return BlockData(float_inputs, quant_inputs, store(tuple(float_inputs.shape), float_inputs), weights)
+        return store
 
     def _save(self) -> None:
         if self.run is not None:

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.snapshot import FakeQuantize, frozen_snapshot
-from maskaq_brevitas.tuning.losses import temperature_divergence
+from maskaq_brevitas.tuning.losses import output_divergence
+from maskaq_brevitas.tuning.ranges import mean_weight_error
 
 __all__ = ["Sensitivity", "Switches", "place_blocks", "place_kinds", "place_layers", "sensitivity"]
+
+
+#: Weight and bias of a layer.
+_Affine = tuple[Tensor, nn.Parameter | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class Sensitivity:
         name: of the group.
         places: how many quantizers it has.
         divergence: KL divergence of the float model's output from that of the model with only this group quantized, in
-            nats, mean over images.
+            nats, mean over images; of a model without classes, the relative squared error of its features.
         agreement: share of images with the float model's top-1, 0-1.
     """
 
@@ -36,7 +42,8 @@ class Sensitivity:
 class Switches:
     """A frozen copy of a calibrated quant model in which every quantizer can be switched on alone.
 
-    Switches are named ``<layer>.weight``, ``<layer>.input`` and ``<attention>.<operand>``.
+    Switches are named ``<layer>.weight``, ``<layer>.input`` and ``<attention>.<operand>``. What a bias holds for the rounding
+    of its weight (bias correction, and what tuning made of it) goes with that weight.
 
     Args:
         quant_model: calibrated; not changed.
@@ -45,16 +52,18 @@ class Switches:
     def __init__(self, quant_model: nn.Module):
         self.model = frozen_snapshot(quant_model)
         self._quantizers: dict[str, tuple[nn.Module, str, nn.Module]] = {}
-        self._weights: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+        self._weights: dict[str, tuple[nn.Module, _Affine, _Affine]] = {}
         for name, module in list(self.model.named_modules()):
             if isinstance(module, FakeQuantize):
                 parent, _, child = name.rpartition(".")
                 switch = f"{parent}.input" if child == "input_quant" else name
                 self._quantizers[switch] = (self.model.get_submodule(parent), child, module)
                 if child == "input_quant":
-                    layer = self.model.get_submodule(parent)
-                    weight = quant_model.get_submodule(parent).weight.detach()
-                    self._weights[f"{parent}.weight"] = (layer, layer.weight, weight)
+                    layer, source = self.model.get_submodule(parent), quant_model.get_submodule(parent)
+                    weight, bias = source.weight.detach(), layer.bias
+                    if hasattr(source, "input_mean"):
+                        bias = nn.Parameter(bias - mean_weight_error(source), requires_grad=False)
+                    self._weights[f"{parent}.weight"] = (layer, (layer.weight, layer.bias), (weight, bias))
         self.set(())
 
     @property
@@ -74,7 +83,7 @@ class Switches:
         for name, (parent, child, quantizer) in self._quantizers.items():
             setattr(parent, child, quantizer if name in chosen else nn.Identity())
         for name, (layer, quantized, plain) in self._weights.items():
-            layer.weight = quantized if name in chosen else plain
+            layer.weight, layer.bias = quantized if name in chosen else plain
 
 
 def place_kinds(names: Sequence[str]) -> dict[str, list[str]]:
@@ -82,7 +91,7 @@ def place_kinds(names: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         parts = [part for part in name.split(".") if not part.isdigit()]
-        kind = ".".join(parts[1:] if parts[0] == "blocks" else parts)
+        kind = ".".join(parts[parts.index("blocks") + 1 :] if "blocks" in parts else parts)
         for suffix in ("weight", "input"):
             kind = kind.replace(f".{suffix}", f" {suffix}")
         groups.setdefault(kind, []).append(name)
@@ -102,7 +111,8 @@ def place_blocks(names: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
-        key = ".".join(parts[:2]) if parts[0] == "blocks" else name.rpartition(".")[0]
+        inside = parts.index("blocks") + 2 if "blocks" in parts else 0  # stages hold their blocks in Swin
+        key = ".".join(parts[:inside]) or name.rpartition(".")[0]
         groups.setdefault(key, []).append(name)
     return groups
 
@@ -142,7 +152,7 @@ def sensitivity(
         switches.set(set(switches.names).difference(members) if inverted else members)
         output = torch.cat([switches.model(images) for images in batches])
         found.append(Sensitivity(
-            name=name, places=len(members), divergence=float(temperature_divergence(targets, output, 1.0)),
+            name=name, places=len(members), divergence=float(output_divergence(targets, output, has_classes(float_snapshot), 1.0)),
             agreement=float((output.argmax(-1) == targets.argmax(-1)).float().mean()),
         ))  # fmt: skip
         if on_group is not None:

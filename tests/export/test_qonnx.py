@@ -92,7 +92,7 @@ def test_fixed_batch_of_two_takes_any_number_of_images(quant_vit, images, tmp_pa
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torchscript_exporter_of_older_torch(quant_vit, images, tmp_path, monkeypatch, dynamic):
-    monkeypatch.setattr(module, "_has_dynamo", lambda: False)
+    monkeypatch.setattr(module, "has_dynamo", lambda: False)
     file = export_qonnx(quant_vit, tmp_path / "old.onnx", input_shape=SHAPE, dynamic_batch=dynamic)
     assert file.quant_nodes == QUANTIZERS
     assert verify_qonnx(file.path, quant_vit, images).max_abs_difference < 1e-5

@@ -90,11 +90,6 @@ def test_rounding_flips_pass_although_the_logits_differ(tmp_path):
     assert "rounding ties alone" in check.note
 
 
-class Node:
-    input = ("x", "scale", "zero", "bits")
-    output = ("y",)
-
-
 @pytest.mark.parametrize(
     ("taken", "given", "source", "result", "wrong", "flips"),
     [
@@ -108,10 +103,8 @@ class Node:
     ],
 )
 def test_quantizer_may_deviate_by_one_step_on_ties_only(taken, given, source, result, wrong, flips):
-    context = {"scale": np.float32([0.5]), "zero": np.float32([0]), "y": np.float32([result])}
-    problem, synchronised, flipped = _compare_values(
-        Node, context, np.float32([source]), np.float32([taken]), np.float32([given]), 1e-4
-    )
+    values = (np.float32([value]) for value in (source, result, 0.5, 0, taken, given))
+    problem, synchronised, flipped = _compare_values(*values, 1e-4)
     assert (problem is not None, flipped) == (wrong, flips)
     assert synchronised == np.float32([given])
 

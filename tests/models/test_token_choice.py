@@ -41,7 +41,7 @@ def test_drawn_tokens_are_distinct_patches_and_every_prefix_token():
 
 def test_models_without_the_place_are_refused(tiny_vit):
     tiny_vit.patch_drop = nn.Dropout()
-    with pytest.raises(ModelError, match="no idle patch_drop module .* use kept_tokens=1"), token_choice([tiny_vit]):
+    with pytest.raises(ModelError, match="no idle patch_drop module .* Use kept_tokens=1"), token_choice([tiny_vit]):
         pass
     with pytest.raises(ModelError, match="does not tell its number of patches"):
         patch_count(nn.Linear(1, 1))

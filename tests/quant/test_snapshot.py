@@ -5,11 +5,16 @@ import dataclasses
 
 import pytest
 import torch
+from brevitas.graph.quantize import preprocess_for_quantize
+from brevitas.graph.quantize import quantize
+from brevitas.graph.target.flexml import preprocess_for_flexml_quantize
+from brevitas.graph.target.flexml import quantize_flexml
 from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from brevitas.quant import Int8ActPerTensorFloat
 
+from maskaq_brevitas import prepare_for_fx
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.attention import ExplicitAttention
@@ -108,3 +113,40 @@ def test_what_cannot_be_frozen_is_refused(tiny_vit):
     per_channel = Int8ActPerTensorFloat.let(scaling_per_output_channel=True, per_channel_broadcastable_shape=(1, 5, 1),
                                            scaling_stats_permute_dims=(1, 0, 2))  # fmt: skip
     refused(QuantIdentity(act_quant=per_channel), "expected one static scale, or one per channel of the last axis")
+
+
+def traced(model, flow):
+    if flow == "flexml":
+        return quantize_flexml(preprocess_for_flexml_quantize(prepare_for_fx(model), images()))
+    return quantize(preprocess_for_quantize(prepare_for_fx(model)))
+
+
+@pytest.mark.parametrize("flow", ("quantize", "flexml"))
+def test_traced_model_equals_brevitas_bit_for_bit(tiny_vit, flow):
+    """Biases are quantized in both flows, and neighbouring residual additions share quantizers."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in tiny_vit.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    quant_model = traced(tiny_vit, flow)
+    calibrate(quant_model, [images(seed=1)])
+    snapshot = frozen_snapshot(quant_model, (3, 32, 32))
+    assert not any(isinstance(module, (QuantLinear, QuantConv2d, QuantIdentity)) for module in snapshot.modules())
+    head, frozen = quant_model.get_submodule("head"), snapshot.get_submodule("head")
+    assert head.bias.shape == frozen.bias.shape and not torch.equal(head.bias, frozen.bias)
+    for batch in (images(), images(seed=2) * 5):
+        mine, theirs = (batch.clone().requires_grad_(True) for _ in range(2))
+        expected = quant_model(theirs)
+        found = snapshot(mine)
+        assert torch.equal(found, expected)
+        weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+        (ours,) = torch.autograd.grad((found * weight).sum(), mine)
+        (brevitas,) = torch.autograd.grad((expected * weight).sum(), theirs)
+        torch.testing.assert_close(ours, brevitas, rtol=1e-5, atol=1e-6)
+
+
+def test_quantized_biases_need_the_input_size(tiny_vit):
+    quant_model = traced(tiny_vit, "quantize")
+    calibrate(quant_model, [images(seed=1)])
+    with pytest.raises(ModelError, match="can freeze biases, if it is told the input_size"):
+        frozen_snapshot(quant_model)

@@ -72,6 +72,14 @@ def test_fitting():
     assert memory.fitting(64 * 2**20, CPU) == 10
 
 
+def test_auto_batch_size(pair):
+    image = torch.randn(1, *pair[2].input_size)
+    assert memory.auto_batch_size(pair[0], image) == 16  # a CPU
+    one = 3 * memory.graph_bytes(pair[0], image) / 2**20
+    assert memory.auto_batch_size(pair[0], image, 1 + int(100 * one)) == 64
+    assert memory.auto_batch_size(pair[0], image, 1) == 16 and memory.auto_batch_size(pair[0], image, 4096) == 256
+
+
 @pytest.mark.parametrize(
     "changes",
     (

@@ -184,3 +184,26 @@ def test_published_objective_is_the_paper(tiny_vit, progress):
     for name, (_, value) in expected.items():
         assert float(found.terms[name]) == pytest.approx(value, rel=1e-5, abs=1e-5), name
     assert float(found.objective) == pytest.approx(sum(weight * value for weight, value in expected.values()), rel=1e-5)
+
+
+def test_windows_of_an_image_count_as_their_mean():
+    """Two images of three windows each: every term is that of the windows alone, averaged per image."""
+    layers = [torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    for loss in (objectives.head_coherence_loss, objectives.entropy_loss):
+        torch.testing.assert_close(loss(layers, 0, images=2), loss(layers, 0).view(2, 3).mean(dim=1))
+    rows = [torch.tensor([0, 2]), torch.tensor([1, 3])]
+    for loss in (objectives.head_coherence_loss, objectives.entropy_loss):
+        alone = [loss([layer], 0, chosen) for layer, chosen in zip(layers, rows, strict=True)]
+        torch.testing.assert_close(loss(layers, 0, rows), torch.stack(alone).mean(dim=0))
+
+
+def test_a_layer_with_one_query_has_no_entropy():
+    layers = [torch.randn(2, 2, tokens, 5, generator=torch.Generator().manual_seed(tokens)) for tokens in (5, 1)]
+    torch.testing.assert_close(objectives.entropy_loss(layers, 0), objectives.entropy_loss(layers[:1], 0))
+    assert objectives.entropy_loss(layers[1:], 0).tolist() == [0, 0]
+
+
+def test_feature_alignment_is_relative_to_the_float_features():
+    features = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    found = objectives.feature_alignment_loss(features, torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([16 / 25, 0.0]))

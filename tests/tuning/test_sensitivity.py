@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
+from maskaq_brevitas.tuning.ranges import mean_weight_error
 from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers, sensitivity
 
 
@@ -29,6 +31,22 @@ def test_all_off_is_the_float_model_and_all_on_the_quant_model(quant_model, tiny
     assert torch.allclose(switches.model(images), tiny_vit(images), atol=1e-5)
     switches.set(switches.names)
     assert torch.equal(switches.model(images), frozen_snapshot(quant_model)(images))
+
+
+@torch.no_grad()
+def test_what_a_bias_holds_for_a_rounded_weight_goes_with_the_weight(tiny_vit, images):
+    calibrator = DataFreeCalibrator(tiny_vit, scheme="w3a3", num_images=4, steps=1, progress=False)
+    with torch.no_grad():
+        calibrator.pool.put(torch.arange(4), images, torch.zeros(4, dtype=torch.long), torch.ones(4, 16, dtype=torch.bool))
+    calibrator.pool.version = 1
+    quant_model = calibrator.calibrate()
+    layer = quant_model.blocks[1].mlp.fc2
+    assert mean_weight_error(layer).abs().max() > 1e-3
+    switches = Switches(quant_model)
+    torch.testing.assert_close(switches.model(images), tiny_vit(images), atol=1e-4, rtol=0)
+    switches.set(["blocks.1.mlp.fc2.weight"])
+    frozen = switches.model.blocks[1].mlp.fc2
+    assert torch.equal(frozen.bias, layer.bias) and torch.equal(frozen.weight, layer.quant_weight().value)
 
 
 @torch.no_grad()
