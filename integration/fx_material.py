@@ -113,6 +113,11 @@ class Material:
         """Accuracy of a model on the labelled images, percent."""
         return f"{evaluate(model, self.evaluation).top1:.1f}"
 
+    @staticmethod
+    def note(*cells: str) -> None:
+        """Say a row as soon as it is found; the table comes at the end."""
+        print(": ".join(cell for cell in cells if cell), file=sys.stderr, flush=True)
+
     def headline(self, options: argparse.Namespace) -> str:
         """What the tables below it were made of."""
         count = len(self.evaluation)  # type: ignore[arg-type]

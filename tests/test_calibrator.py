@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -325,6 +326,16 @@ def test_save_and_load(tiny_vit, tmp_path):
     with torch.no_grad():
         assert torch.equal(other.quant_model(probe()), calibrator.quant_model(probe()))
         assert torch.equal(other.freeze()(probe()), calibrator.freeze()(probe()))
+
+
+def test_load_of_a_run_from_before_an_option_of_schemes(tiny_vit, tmp_path):
+    calibrator = make(tiny_vit)
+    calibrator.save(tmp_path / "run")
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())
+    text = json.dumps(identity)
+    assert '"patch_tokens": null' in text
+    (tmp_path / "run" / "run.json").write_text(text.replace(', "patch_tokens": null', ""))
+    make(tiny_vit).load(tmp_path / "run")
 
 
 def test_load_of_something_else(tiny_vit, tmp_path):

@@ -88,6 +88,32 @@ def test_an_effort_sets_defaults_and_what_is_said_still_counts(tmp_path):
     assert (plain.effort, plain.tune, plain.images) == ("fast", "none", EFFORTS["fast"].num_images)
 
 
+def test_target_finn_sets_scheme_and_format():
+    options = parse("quantize", ["digits_vit", "--scheme", "w4a4", "--target", "finn"])
+    assert (options.scheme, options.format, options.out) == ("finn-w4a4", "finn", "runs/digits_vit-finn-w4a4")
+    assert parse("quantize", ["digits_vit", "--scheme", "strict-w4a4", "--target", "finn"]).scheme == "strict-w4a4"
+    assert parse("export", ["run", "--target", "finn"]).format == "finn"
+    assert parse("export", ["run"]).format == parse("quantize", ["digits_vit"]).format == "qonnx"
+
+
+def test_export_for_finn_refuses_a_run_of_another_scheme(short_run, tmp_path, capsys):
+    output = tmp_path / "model.onnx"
+    assert cli.main(["export", str(short_run), "--target", "finn", "--output", str(output)]) == 2
+    printed = capsys.readouterr().err
+    assert "blocks.0.attn.qkv input: expected one static scale" in printed and "--target finn" in printed
+    assert not output.exists()
+
+
+@pytest.mark.heavy
+def test_the_main_job_for_finn(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert quantize(out, "--target", "finn", "--no-baselines", budget=TINY) == 0
+    assert {"model.finn.onnx", "model.finn.sample.npz"} < set(_files(out))
+    assert "QONNX for FINN check  passed" in capsys.readouterr().out.replace("   ", "  ")
+    assert cli.main(["lint-finn", str(out / "model.finn.onnx"), "--quiet"]) == 0
+    assert "everything lands" in capsys.readouterr().out
+
+
 def test_evaluate_gives_the_figures_of_the_run(short_run, capsys):
     assert cli.main(["evaluate", str(short_run), "--eval-limit", "20", "--quiet"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -54,6 +54,8 @@ def test_a_scheme_resolves_to_itself():
         ({"head": LayerBits(8, 9)}, r"Scheme.head: expected widths from 2 to 8 bits, got w8a9"),
         ({"bits": "w4a4"}, r"Scheme.bits: expected LayerBits\(weight, activation\), got 'w4a4'"),
         ({"probability_bits": 9}, "Scheme.probability_bits: expected 2 to 8 bits or None, got 9"),
+        ({"patch_tokens": 1}, "Scheme.patch_tokens: expected a whole number >= 2, got 1"),
+        ({"patch_tokens": 9}, "Scheme.patch_tokens: expected 2 to 8 bits or None, got 9"),
         ({"probability_bits": "8"}, "Scheme.probability_bits: expected a whole number"),
         ({"weight_range": "max"}, "weight_range: expected one of minmax, mse, got 'max'"),
         ({"activation_range": "kl"}, "activation_range: expected one of percentile, minmax, mse, search"),
@@ -165,6 +167,13 @@ def test_scheme_families_differ_in_their_scales():
     assert resolve_scheme("tensor-w4a4").head == LayerBits(8, 8)
     with pytest.raises(ConfigurationError, match="Unknown scheme 'channel-w4a4'. Expected wXaY, tensor-wXaY"):
         resolve_scheme("channel-w4a4")
+
+
+def test_the_finn_scheme_is_the_tensor_scheme_with_its_restrictions():
+    tensor, finn = resolve_scheme("tensor-w4a8"), resolve_scheme("finn-w4a8")
+    assert (finn.gelu, finn.softmax, finn.patch_tokens) == ("signed", "signed", 8)
+    same = {"gelu": tensor.gelu, "softmax": tensor.softmax, "patch_tokens": None, "name": "tensor-w4a8"}
+    assert dataclasses.replace(finn, **same) == tensor
 
 
 def test_efforts_grow():

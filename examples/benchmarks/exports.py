@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -147,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return torch.cat([model(chunk) for chunk in images.split(_BATCH)])
 
     rows: list[dict[str, Any]] = []
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
 
     def row(name: str, compute: Callable[[], Tensor], like: Tensor | None) -> Tensor:
         start = time.perf_counter()
@@ -161,6 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             entry["median_difference"], entry["largest_difference"] = float(difference.median()), float(difference.max())
         entry["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(entry)
+        print(f"{name}: {entry['seconds']} s", file=sys.stderr, flush=True)
+        if options.out is not None:  # after each row: the slow ones may be interrupted
+            write_whole(options.out, lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"))
         return found
 
     with tempfile.TemporaryDirectory() as folder:
@@ -184,9 +190,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             [f"{entry['equal_top1']:.1f}", f"{entry['median_difference']:.1e}", f"{entry['largest_difference']:.1e}"]
             if "equal_top1" in entry else ["-", "-", "-"]), entry["seconds"]] for entry in rows],
     ))  # fmt: skip
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -42,14 +42,17 @@ FLOWS: dict[str, Callable[[nn.Module, torch.Tensor], nn.Module]] = {
 def rows_of(name: str, material: Material, options: argparse.Namespace) -> tuple[list[list[str]], str]:
     """The rows of one flow, and a sentence about what it quantized and what it left in float."""
     image = material.noise[:1]
-    rows = []
+    rows: list[list[str]] = []
+
+    def add(kind: str, quant_model: nn.Module, seconds: float, alignment: str = "") -> None:
+        rows.append([name, kind, material.top1(quant_model), f"{seconds:.0f}", alignment])
+        material.note(*rows[-1][:3])
 
     def on_images(kind: str, images: torch.Tensor) -> nn.Module:
         quant_model = FLOWS[name](material.model, image)
         start = time.perf_counter()
         calibrate(material.loader(images), quant_model)
-        seconds = time.perf_counter() - start
-        rows.append([name, kind, material.top1(quant_model), f"{seconds:.0f}", ""])
+        add(kind, quant_model, time.perf_counter() - start)
         return quant_model
 
     on_images("Gaussian noise", material.noise)
@@ -61,16 +64,12 @@ def rows_of(name: str, material: Material, options: argparse.Namespace) -> tuple
         seed=options.seed,
     )  # fmt: skip
     calibrate(calib_loader, quant_model)
-    seconds = time.perf_counter() - start
-    accuracy = material.top1(quant_model)
+    add("synthetic images", quant_model, time.perf_counter() - start)
     start = time.perf_counter()
     entry = calib_loader.refresh()
     calib_loader.calibrate()  # Brevitas alone would ignore a second calibration
-    rows.append([name, "synthetic images", accuracy, f"{seconds:.0f}", f"{entry['alignment_before']:.4f}"])
-    seconds = time.perf_counter() - start
-    rows.append([
-        name, "the same, refreshed", material.top1(quant_model), f"{seconds:.0f}", f"{entry['alignment_after']:.4f}"
-    ])  # fmt: skip
+    rows[-1][-1] = f"{entry['alignment_before']:.4f}"
+    add("the same, refreshed", quant_model, time.perf_counter() - start, f"{entry['alignment_after']:.4f}")
     real = on_images("real images", material.real)
 
     layers = sum(isinstance(module, QuantWeightBiasInputOutputLayer) for module in real.modules())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from integration.finn.environment import VARIABLE, environment_python, run_frontend
+from integration.finn.frontend import BEFORE
 from integration.finn.reference import write_reference
 from integration.finn.variants import VARIANTS, write_variant
 from maskaq_brevitas import DataFreeCalibrator, load_model
@@ -150,22 +152,31 @@ def compare_variants(options: argparse.Namespace, python: Path) -> int:
         requests[name] = _request(options, folder / "model.onnx", f"variants/{name}")
     rows, agreed = [], True
     for name, result in run_frontend(python, requests).items():
-        lands = not result["failed"] and not result["unmapped"]
-        agreed &= lands == lints[name].lands
-        rows.append([
-            name, "lands" if lands else f"fails at {result['failed']['step']}" if result["failed"] else "lands in part",
-            _names(operator for operator, _ in result["unmapped"]) or (result["failed"] or {}).get("error", "")[:60],
-            "lands" if lints[name].lands else "does not land",
-            _names(node.operator for node in lints[name].nodes if node.effect != "hardware"), VARIANTS[name].text,
-        ])  # fmt: skip
-    print(text_table(["variant", "FINN", "left or refused", "lint", "of these", "what it is"], rows, right=()))
+        equal = verdict_of(result) == verdict_of_lint(lints[name])
+        agreed &= equal
+        rows.append([name, verdict_of(result), verdict_of_lint(lints[name]), "yes" if equal else "NO", VARIANTS[name].text])
+    print(text_table(["variant", "FINN", "lint", "equal", "what it is"], rows, right=()))
     print(f"\nFINN and the lint {'agree on every graph' if agreed else 'DISAGREE'}")
     return 0 if agreed else 1
 
 
-def _names(operators) -> str:
-    found = list(operators)
-    return ", ".join(f"{found.count(name)} {name}" for name in dict.fromkeys(found))
+def verdict_of(result: dict[str, Any]) -> str:
+    """FINN's verdict in words: that everything lands, the nodes that it left, or that it refused the file at all."""
+    if result["failed"] and result["failed"]["step"] == BEFORE[0]:
+        return "refused"
+    return _left(operator for operator, _ in result["unmapped"])
+
+
+def verdict_of_lint(lint: FinnLint) -> str:
+    """The lint's, in the same words."""
+    if any(node.effect == "refused" for node in lint.nodes):
+        return "refused"
+    return _left(node.operator for node in lint.nodes if node.effect != "hardware")
+
+
+def _left(operators: Iterable[str]) -> str:
+    found = sorted(operators)
+    return "leaves " + ", ".join(f"{found.count(name)} {name}" for name in dict.fromkeys(found)) if found else "lands"
 
 
 def _request(options: argparse.Namespace, path: Path, folder: str) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +57,23 @@ def write_variant(variant: Variant, path: Path) -> None:
     import onnx
     from qonnx.core.modelwrapper import ModelWrapper
 
-    quant_model = small_quant_vit(variant.scheme, **(variant.model or {}))
     if variant.generic:
-        export_qonnx(quant_model, path, input_shape=_SHAPE)
+        export_qonnx(small_quant_vit(variant.scheme, **(variant.model or {})), path, input_shape=_SHAPE)
         return
-    export_finn(quant_model, path, input_shape=_SHAPE, cut=variant.cut)  # type: ignore[arg-type]
+    path.write_bytes(_profile(variant.cut))
     if variant.change is not None:
         wrapper = ModelWrapper(str(path))
         variant.change(wrapper)
         onnx.save(wrapper.model, str(path))
+
+
+@lru_cache
+def _profile(cut: str) -> bytes:
+    """The file that the changes start from."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.onnx"
+        export_finn(small_quant_vit(), path, input_shape=_SHAPE, cut=cut)  # type: ignore[arg-type]
+        return path.read_bytes()
 
 
 def _quantizer(wrapper: Any, behind: str) -> Any:

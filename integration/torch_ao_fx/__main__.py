@@ -60,6 +60,7 @@ class Table:
             self.failures.append(f"{flow}, {kind}: {reason(error)}" if kind else f"{flow}: {reason(error)}")
             return None
         self.rows.append((flow, kind, self.material.top1(model)))
+        self.material.note(*self.rows[-1])
         if timed:
             self.timed[flow] = model
         return model

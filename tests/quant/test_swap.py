@@ -132,6 +132,32 @@ def test_bits_of_the_default_scheme():
         assert [bits[f"{block}.attn.{operand}"] for operand in OPERANDS] == [(None, 5)] * 3 + [(None, 8)]
 
 
+def test_the_finn_scheme_is_signed_per_tensor_and_quantizes_patch_tokens():
+    quant_model, record = swap_layers(vit(), "finn-w4a4")
+    calibrate(quant_model, [torch.randn(4, 3, 32, 32)])
+    proxies = [module.act_quant for module in quant_model.modules() if isinstance(module, QuantIdentity)]
+    proxies += [module.input_quant for module in quant_model.modules() if isinstance(module, (QuantLinear, QuantConv2d))]
+    assert len(proxies) == 2 * (4 + 4) + 2 + 1
+    assert all(proxy.is_signed and proxy.scale().numel() == 1 and not proxy.zero_point().any() for proxy in proxies)
+    tokens = quant_model.patch_embed.norm
+    assert int(tokens.act_quant.bit_width()) == 8
+    assert [(place.name, place.kind, place.weight_bits, place.activation_bits) for place in record.places][1] == (
+        "patch_embed.norm", "tokens", None, 8
+    )  # fmt: skip
+    patches = quant_model.patch_embed(torch.randn(1, 3, 32, 32))
+    codes = patches / tokens.act_quant.scale()
+    assert torch.allclose(codes, codes.round(), atol=1e-3)
+    wider, _ = swap_layers(vit(), "finn-w4a4", {"patch_embed.norm": "w8a5"})
+    assert int(wider.patch_embed.norm.act_quant.bit_width()) == 5
+
+
+def test_a_place_for_patch_tokens_is_needed():
+    model = vit()
+    model.patch_embed.norm = nn.LayerNorm(16)
+    with pytest.raises(ModelError, match="patch tokens cannot be quantized: expected an idle patch_embed.norm"):
+        swap_layers(model, "finn-w4a4")
+
+
 def test_bits_of_the_strict_scheme():
     assert set(bits_of(swap_layers(vit(), "strict-w3a5")[1]).values()) == {(3, 5), (None, 5)}
 
