@@ -134,6 +134,7 @@ class CellStore:
         self.cells[f"{algorithm}|{images}|{model}|{scheme}"] = cell
         if self.path is not None:
             text = json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
