@@ -26,10 +26,10 @@ from maskaq_brevitas.config import (
     resolve_scheme,
     to_mapping,
 )
-from maskaq_brevitas.errors import ConfigurationError, InputError, ModelError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
-from maskaq_brevitas.models.token_choice import check_token_choice
+from maskaq_brevitas.models.token_choice import check_token_choice, why_all_tokens
 from maskaq_brevitas.progress import bars, random_stream, stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
@@ -506,7 +506,7 @@ class DataFreeCalibrator(DataLoader):
         if self.synthesis.align_weight == 0:
             return None
         if is_calibrated(self._quant_model):
-            return frozen_snapshot(self._quant_model, self.geometry.input_size)
+            return self.freeze()
         return self._provisional_snapshot([self.maker.warm_up()])
 
     def _provisional_snapshot(self, batches: list[Tensor]) -> nn.Module:
@@ -561,11 +561,7 @@ def _tunings(tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple[Tuni
 
 def _fitting(tuning: DistillConfig | None, model: nn.Module) -> DistillConfig | None:
     """The tuning of an effort, with all tokens where the model needs all."""
-    try:
-        check_token_choice(model)
-    except ModelError:
-        return None if tuning is None else replace(tuning, kept_tokens=1.0)
-    return tuning
+    return replace(tuning, kept_tokens=1.0) if tuning is not None and why_all_tokens(model) else tuning
 
 
 def _described(tunings: tuple[TuningConfig, ...]) -> dict[str, Any]:

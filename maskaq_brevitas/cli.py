@@ -19,7 +19,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``maskaq`` with the arguments given (default: those of the process); return its exit status.
 
-    0 after success; 1 if ``lint-finn`` finds what FINN does not map; 2 after an error of this package or of the file system, printed as one line; 130 when interrupted.
+    0 after success; 1 if ``lint-finn`` finds what FINN does not map; 2 after an error of this package or of the file
+    system, printed as one line; 130 when interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -434,7 +434,8 @@ def _print_result(
     rows.append(["size", f"{cost.bytes_quantized / 1e6:.3f} MB", f"float32: {cost.bytes_float32 / 1e6:.3f} MB"])
     rows.append(["GBOPs per image", f"{cost.bops / 1e9:.3f}", f"float32: {cost.bops_float32 / 1e9:.3f}"])
     if check is not None:
-        rows.append([f"{FORMATS[kind].title} check", "passed" if check.passed else "FAILED", _check_line(check).partition(": ")[2]])
+        verdict, _, figures = _check_line(check).partition(": ")
+        rows.append([f"{FORMATS[kind].title} check", verdict, figures])
     titles = [report.title, "top-1" if report.accuracy else "", ""]
     print(text_table(titles, rows, right=(1,)))
     seconds = sum(stage["seconds"] for stage in calibrator.stages)

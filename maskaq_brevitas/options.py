@@ -146,7 +146,8 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
     add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm downloads its own")
     add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
         "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY (one "
-        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to hardware), or auto")  # fmt: skip
+        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to "
+        "hardware), or auto")  # fmt: skip
     add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by layer, "
         "by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",
@@ -250,8 +251,8 @@ def _add_evaluation_data(add: Callable[..., None], group: Any, split: str) -> No
 def _add_file_kind(add: Callable[..., None], group: Any) -> None:
     add("--format", group=group, choices=("qonnx", "finn", "qcdq", "torch-qcdq", "torch-export"), default="qonnx",
         help="kind of file: qonnx (Brevitas' Quant nodes, with a card of its costs beside it), qcdq (ONNX "
-        "QuantizeLinear/DequantizeLinear with integer weights, for ONNX Runtime), finn (see --target), torch-qcdq (TorchScript with int8 weights), "
-        "torch-export (torch.export, .pt2)")  # fmt: skip
+        "QuantizeLinear/DequantizeLinear with integer weights, for ONNX Runtime), finn (see --target), torch-qcdq "
+        "(TorchScript with int8 weights), torch-export (torch.export, .pt2)")  # fmt: skip
     add("--target", group=group, choices=("any", "finn"), default="any", help="finn: scheme finn-wXaY for a scheme wXaY, and "
         "format finn: a QONNX file whose nodes all have a hardware operator in FINN")  # fmt: skip
     add("--batch", group=group, choices=("fixed", "dynamic"), default="fixed",

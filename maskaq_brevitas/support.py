@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import tempfile
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
 from maskaq_brevitas.errors import ExportError, SkippedLayerWarning
+from maskaq_brevitas.export.formats import FORMATS
 from maskaq_brevitas.export.process import quiet
-from maskaq_brevitas.export.qonnx import export_qonnx
-from maskaq_brevitas.export.verify import verify_qonnx
 from maskaq_brevitas.models.families import FAMILIES, REFUSED
 from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.fx import OneArgument
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
@@ -34,7 +33,6 @@ from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
 __all__ = ["Support", "SupportCheck", "check_support", "recorded_support", "refusals", "small_model"]
 
 _RECORD = "support.json"
-_TOLERANCE = 1e-4
 #: At 8 bits a rounding tie that falls to the other side changes little.
 _SCHEME = "w8a8"
 
@@ -122,8 +120,8 @@ def check_support(family: Family, example: str) -> SupportCheck:
         family=family.name, example=example, swapped=_swapped_text(record),
         macs=_macs_text(quantized / macs[""], record),
         taps=_taps_text(calibrator.geometry, len([name for name in places if name.endswith(".query")])),
-        fx=_fx_text(model), qonnx=_qonnx_text(quant_model, calibrator.geometry, images),
-        onnxruntime=_onnxruntime_text(quant_model, images),
+        fx=_fx_text(model), qonnx=_file_text("qonnx", quant_model, calibrator.geometry, images),
+        onnxruntime=_file_text("qcdq", quant_model, calibrator.geometry, images),
     )  # fmt: skip
     return SupportCheck(
         row=row, off_difference=_off_difference(model, swapped, images), quantized_share=quantized / macs[""]
@@ -151,66 +149,26 @@ def _taps_text(geometry: Geometry, attentions: int) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
-class _ImageOnly(nn.Module):
-    """Hides the optional arguments of a model, which a tracer would take for inputs."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
 def _fx_text(model: nn.Module) -> str:
     from brevitas.fx import symbolic_trace
 
     try:
         with quiet():
-            symbolic_trace(_ImageOnly(model))
+            symbolic_trace(OneArgument(model))
     except Exception as error:  # each model stops the tracer in its own way
         return f"no ({type(error).__name__})"
     return "yes"
 
 
-def _qonnx_text(quant_model: nn.Module, geometry: Geometry, images: Tensor) -> str:
+def _file_text(kind: str, quant_model: nn.Module, geometry: Geometry, images: Tensor) -> str:
     with tempfile.TemporaryDirectory(prefix="maskaq-") as folder:
-        path = Path(folder) / "model.onnx"
+        path = Path(folder) / FORMATS[kind].file_name
         try:
-            export_qonnx(quant_model, path, input_shape=geometry.input_size)
-            check = verify_qonnx(path, quant_model, images, raise_on_mismatch=False)
+            FORMATS[kind].export(quant_model, path, input_shape=geometry.input_size)
+            check = FORMATS[kind].verify(path, quant_model, images, raise_on_mismatch=False)
         except ExportError as error:
             return f"no ({str(error)[:120]})"
     return "passed" if check.passed else "FAILED"
-
-
-def _onnxruntime_text(quant_model: nn.Module, images: Tensor) -> str:
-    """Brevitas' QCDQ file of a copy, in ONNX Runtime.
-
-    One image has to agree to float rounding. On others a rounding tie may fall to the other side, which moves them by a step.
-    """
-    import onnxruntime
-    from brevitas.export import export_onnx_qcdq
-
-    options = onnxruntime.SessionOptions()
-    # It would rewrite graphs for one scale per tensor, and compute others wrongly.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    differences = []
-    with tempfile.TemporaryDirectory(prefix="maskaq-") as folder, quiet(), torch.no_grad():
-        path = Path(folder) / "model.onnx"
-        try:
-            export_onnx_qcdq(
-                copy.deepcopy(quant_model).eval(), args=images[:1], export_path=str(path), dynamo=False, opset_version=17,
-                keep_initializers_as_inputs=False,
-            )  # fmt: skip
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # torch.onnx, Brevitas and onnxruntime raise their own
-            return f"no ({type(error).__name__})"
-        for image in images.split(1):
-            expected = quant_model(image)
-            (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-            differences.append(float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()))
-    return "passed" if min(differences) <= _TOLERANCE and max(differences) < 0.1 else "FAILED"
 
 
 def _measure_all() -> None:

@@ -138,7 +138,7 @@ def test_evaluate_executes_a_file_beside_the_model(short_run, tmp_path, capsys):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", [name for name in FORMATS if name not in ("qonnx", "finn")])  # finn: test_the_main_job_for_finn
+@pytest.mark.parametrize("kind", [name for name in FORMATS if name not in ("qonnx", "finn")])  # these in tests above
 def test_export_writes_every_format(short_run, tmp_path, capsys, kind):
     before = _files(short_run)
     assert cli.main(["export", str(short_run), "--format", kind, "--batch", "dynamic"]) == 0

@@ -18,7 +18,7 @@ from brevitas_examples.imagenet_classification.ptq.ptq_common import calibrate
 from torch import nn
 
 from integration.brevitas_fx.left_float import float_computations
-from integration.fx_material import BATCH, Material, add_options, print_table
+from integration.material import BATCH, Material, add_options, command_line, print_table
 from maskaq_brevitas import DataFreeCalibrator, prepare_for_fx
 
 TITLES = ["flow", "calibrated on", "top-1 [%]", "seconds", "alignment"]
@@ -90,8 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
         rows += found
         sentences.append(sentence)
     print_table(
-        options, [material.headline(options), (TITLES, rows), "\n".join(sentences)], module="integration.brevitas_fx"
-    )
+        options, [material.headline(options), (TITLES, rows), "\n".join(sentences)],
+        command=command_line("integration.brevitas_fx", arguments),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

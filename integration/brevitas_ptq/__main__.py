@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from integration.brevitas_ptq.algorithms import MODELS, Loader
 from integration.brevitas_ptq.table import ALGORITHMS, KINDS, Bench, CellStore, markdown
-from integration.fx_material import BATCH, Material, add_options
+from integration.material import BATCH, Material, add_options, command_line
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import Scheme, SynthesisConfig, from_mapping, resolve_scheme, to_mapping
 from maskaq_brevitas.errors import ConfigurationError
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> str:
     )
     took = [stage["seconds"] for stage in calibrator.stages if stage["stage"] == "synthesis"]
     note += f"; synthesis took {took[0]:.0f} s." if took else "."
-    command = shlex.join(["python", "-m", "integration.brevitas_ptq", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_line("integration.brevitas_ptq", arguments)
     table = f"{markdown(store.cells, options.schemes)}\n{note}\n\n    {command}\n"
     print(table)
     return table

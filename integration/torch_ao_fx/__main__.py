@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from integration.fx_material import BATCH, Material, add_options, print_table
+from integration.material import BATCH, Material, add_options, command_line, print_table
 from integration.torch_ao_fx.flows import compiled, fx_int8, fx_qat_int8, pt2e_int8
 from maskaq_brevitas import DataFreeCalibrator
 
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     print_table(
         options, [material.headline(options), (TITLES, table.finished(example)), "\n".join(sentences)],
-        module="integration.torch_ao_fx",
+        command=command_line("integration.torch_ao_fx", arguments),
     )  # fmt: skip
 
 

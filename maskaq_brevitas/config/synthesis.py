@@ -41,7 +41,8 @@ class SynthesisConfig:
         parameterization: what the optimiser turns: ``"pixel"`` (METHOD.md) or ``"spectrum"`` (1/f-weighted Fourier
             coefficients on decorrelated colour axes).
         head_weight, class_weight, tv_weight, align_weight, entropy_weight: coefficients of the five terms. Of a model without
-            classes, class_weight is that of the distance of both networks' features. The published 0.1 for alignment belongs to q k^T; our logits are smaller by sqrt(d) (8 for ViT-Tiny), so 1 is its equivalent.
+            classes, class_weight is that of the distance of both networks' features. The published 0.1 for alignment
+            belongs to q k^T; our logits are smaller by sqrt(d) (8 for ViT-Tiny), so 1 is its equivalent.
         tv_norm: ``"l2"`` (METHOD.md: 2-norms of the differences, per image) or ``"l1"`` (mean absolute difference,
             which keeps acting on small differences).
         head_attention, entropy_attention, align_attention, mask_attention: which attention each term reads.

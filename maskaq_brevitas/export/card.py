@@ -10,6 +10,7 @@ from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.execute import load_for_batch
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.scopes import module_scopes
 
 __all__ = ["ModelCard", "card_path", "model_card", "write_card"]
@@ -72,7 +73,7 @@ def model_card(path: str | os.PathLike[str]) -> ModelCard:
         key.removeprefix("op_mac_").replace("_", " x "): int(count) for key, count in cost.items() if key.startswith("op_mac_")
     }  # fmt: skip
     named = {
-        _module(node): types[name] for node, name in outputs if node.op_type in ("Quant", "BipolarQuant") and _module(node)
+        _module(node): types[name] for node, name in outputs if node.op_type in QUANT_OPS and _module(node)
     }  # fmt: skip
     return ModelCard(
         macs=int(cost["total_macs"]),

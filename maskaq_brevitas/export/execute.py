@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "execute_in_step",
     "load_for_batch",
     "next_call",
+    "read_onnx",
     "relative_difference",
     "whole_batches",
 ]
@@ -62,6 +64,34 @@ class InStep:
     failure: Failure | None
 
 
+def read_onnx(
+    path: str | os.PathLike[str], shape: tuple[int, ...] | None, kind: Literal["QONNX", "QCDQ"]
+) -> tuple[Any, Any]:
+    """An exported file as ``onnx.ModelProto``, and the first dimension of its input.
+
+    Args:
+        shape: (channels, height, width) of the images that will come; None accepts the file's.
+
+    Raises:
+        ExportError: the file is not there or is no ONNX file.
+        InputError: the file takes images of another shape.
+    """
+    import onnx
+
+    try:
+        proto = onnx.load(os.fspath(path))
+        batch, *rest = proto.graph.input[0].type.tensor_type.shape.dim
+    except Exception as error:
+        raise ExportError(
+            f"Expected a {kind} file at {os.fspath(path)}, got {type(error).__name__}: {error}. "
+            f"Write it with export_{kind.lower()}."
+        ) from error
+    wanted = tuple(dimension.dim_value for dimension in rest)
+    if shape is not None and wanted != shape:
+        raise InputError(f"images: expected (channels, height, width) {wanted} as in {path}, got {shape}.")
+    return proto, batch
+
+
 def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...] | None, dynamic: int) -> tuple[Any, int]:
     """Read a QONNX file for execution.
 
@@ -78,23 +108,11 @@ def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...] | None, 
         ExportError: the file is not there or is no ONNX file.
         InputError: the file takes images of another shape.
     """
-    import onnx
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.transformation.fold_constants import FoldConstants
     from qonnx.transformation.infer_shapes import InferShapes
 
-    try:
-        proto = onnx.load(os.fspath(path))
-        dimensions = proto.graph.input[0].type.tensor_type.shape.dim
-        batch = dimensions[0]
-    except Exception as error:
-        raise ExportError(
-            f"Expected a QONNX file at {os.fspath(path)}, got {type(error).__name__}: {error}. "
-            "Write it with export_qonnx."
-        ) from error
-    wanted = tuple(dimension.dim_value for dimension in dimensions[1:])
-    if shape is not None and wanted != shape:
-        raise InputError(f"images: expected (channels, height, width) {wanted} as in {path}, got {shape}.")
+    proto, batch = read_onnx(path, shape, "QONNX")
     if not batch.dim_param:
         return ModelWrapper(proto), batch.dim_value
     for value in (*proto.graph.input, *proto.graph.output):

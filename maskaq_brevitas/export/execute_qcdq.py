@@ -12,23 +12,20 @@ from torch import Tensor
 from torch import nn
 
 from maskaq_brevitas.errors import ExportError
-from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.export.capture import Call
 from maskaq_brevitas.export.capture import capture_calls
+from maskaq_brevitas.export.execute import DYNAMIC_BATCH
 from maskaq_brevitas.export.execute import InStep
 from maskaq_brevitas.export.execute import blame
 from maskaq_brevitas.export.execute import compare_quantizer
 from maskaq_brevitas.export.execute import next_call
+from maskaq_brevitas.export.execute import read_onnx
 from maskaq_brevitas.export.execute import relative_difference
 from maskaq_brevitas.export.execute import whole_batches
 from maskaq_brevitas.export.integer_weights import along
 from maskaq_brevitas.export.integer_weights import channel_axis
 
 __all__ = ["QcdqModel", "load_qcdq", "qcdq_in_step", "qcdq_session"]
-
-#: Images per run of a file with a symbolic batch.
-_BATCH = 4
-
 
 class QcdqModel(nn.Module):
     """A QCDQ file as a module: images ``(batch, channels, height, width)`` to logits, by ONNX Runtime, on the CPU.
@@ -65,19 +62,8 @@ def load_qcdq(path: str | os.PathLike[str], shape: tuple[int, ...]) -> tuple[Any
         ExportError: the file is not there or is no ONNX file.
         InputError: the file takes images of another shape.
     """
-    import onnx
-
-    try:
-        proto = onnx.load(os.fspath(path))
-        batch, *rest = proto.graph.input[0].type.tensor_type.shape.dim
-    except Exception as error:
-        raise ExportError(
-            f"Expected a QCDQ file at {os.fspath(path)}, got {type(error).__name__}: {error}. Write it with export_qcdq."
-        ) from error
-    wanted = tuple(dimension.dim_value for dimension in rest)
-    if wanted != shape:
-        raise InputError(f"images: expected (channels, height, width) {wanted} as in {path}, got {shape}.")
-    return proto, batch.dim_value or _BATCH
+    proto, batch = read_onnx(path, shape, "QCDQ")
+    return proto, batch.dim_value or DYNAMIC_BATCH
 
 
 def qcdq_session(proto: Any) -> Any:

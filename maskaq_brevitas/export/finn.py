@@ -25,6 +25,7 @@ from maskaq_brevitas.export.finn_form import finn_form
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.export.qonnx import QUANT_OPS
+from maskaq_brevitas.export.qonnx import clean_graph
 from maskaq_brevitas.export.verify import QonnxCheck
 from maskaq_brevitas.export.verify import verify_qonnx
 
@@ -87,15 +88,13 @@ def export_finn(
         raise ExportError(f"Expected torch 2.8 or later for opset {FINN_OPSET}, got {torch.__version__}.")
     require("onnx", "onnxoptimizer", "onnxscript", "qonnx")
     from brevitas.export import export_qonnx as exporter
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.util.cleanup import cleanup_model
 
     form = finn_form(quant_model, cut)
     shape = tuple(_given(quant_model, torch.zeros(1, *input_shape), cut).shape)
     with quiet():
         export: Any = partial(exporter, opset_version=FINN_OPSET, optimize=True)
         proto = run_exporter(export, "QONNX", finn_form(quant_model, cut), shape[1:], 1, False, True)
-        graph = cleanup_model(ModelWrapper(proto))
+        graph = clean_graph(proto, dynamic=False)
         quant_nodes = check_quantizers(graph.graph, form, shape[1:], 1, op_types=QUANT_OPS)
     with whole_file(target) as temporary:
         temporary.write_bytes(graph.model.SerializeToString())

@@ -14,7 +14,6 @@ them. What is left is a matter of form, and is done here, on a copy:
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -33,6 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ExportError
+from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.models.families import EXPLICIT_FORMS
 from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.snapshot import integer_bounds
@@ -61,7 +61,7 @@ def finn_form(quant_model: nn.Module, cut: Cut = "full") -> nn.Module:
     Raises:
         ExportError: the model has parts without a form for FINN, or quantizers that FINN does not take; they are named.
     """
-    model = copy.deepcopy(quant_model).cpu().float().eval()
+    model = export_copy(quant_model)
     problems = list(_problems(model, cut))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

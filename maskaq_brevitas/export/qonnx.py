@@ -19,7 +19,7 @@ from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
 
-__all__ = ["QUANT_OPS", "QonnxFile", "export_qonnx"]
+__all__ = ["QUANT_OPS", "QonnxFile", "clean_graph", "export_qonnx"]
 
 #: Operators of the QONNX standard that a Brevitas quantizer becomes.
 QUANT_OPS = ("Quant", "BipolarQuant")
@@ -80,7 +80,7 @@ def export_qonnx(
 
     with quiet():
         proto = run_exporter(exporter, "QONNX", export_copy(quant_model), input_shape, batch_size, dynamic_batch, dynamo)
-        wrapper = _clean(proto, dynamic_batch)
+        wrapper = clean_graph(proto, dynamic_batch)
         quant_nodes = check_quantizers(
             wrapper.graph, export_copy(quant_model), tuple(input_shape), batch_size, op_types=QUANT_OPS
         )
@@ -96,8 +96,12 @@ def export_qonnx(
     )
 
 
-def _clean(proto: Any, dynamic: bool) -> Any:
-    """qonnx' standard cleanup: infer shapes, fold constants, name everything. Gives a ``ModelWrapper``."""
+def clean_graph(proto: Any, dynamic: bool) -> Any:
+    """qonnx' standard cleanup: infer shapes, fold constants, name everything. Gives a ``ModelWrapper``.
+
+    Raises:
+        ExportError: qonnx failed.
+    """
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 

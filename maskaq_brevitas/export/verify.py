@@ -10,7 +10,6 @@ inputs and has to give equal outputs, and a quantizer may deviate by one step, o
 the file, and the first place where it shows is its name.
 """
 
-import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 
 from maskaq_brevitas.errors import ExportError
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import last_lines
 from maskaq_brevitas.export.capture import capture_calls
 from maskaq_brevitas.export.execute import DYNAMIC_BATCH
@@ -195,7 +195,7 @@ def verify_torch_file(
                 f"{os.fspath(path)} could not be executed on images {tuple(images.shape)}: {type(error).__name__}: "
                 f"{last_lines(error)}. Give it images of the shape it was exported with."
             ) from error
-        expected = _logits(copy.deepcopy(quant_model).cpu().float().eval(), images, batch)
+        expected = _logits(export_copy(quant_model), images, batch)
     _check_shapes(expected, found)
     difference = float((found - expected).abs().max() / expected.abs().max())
     if difference <= tolerance:
@@ -226,7 +226,7 @@ def _verify(
     run_in_step: Callable[[nn.Module, Tensor], InStep],
 ) -> QonnxCheck:
     """The comparison, with the file executed by the functions given, ``batch`` images at a time."""
-    model = copy.deepcopy(quant_model).cpu().float().eval()
+    model = export_copy(quant_model)
     expected = _logits(model, images, batch)
     found = torch.cat([run(chunk) for chunk in whole_batches(images, batch)])[: len(images)]
     _check_shapes(expected, found)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from timm.data import resolve_model_data_config
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention
 from maskaq_brevitas.models.layout import AttentionLayout
 
-__all__ = ["ChannelPlace", "Family", "attention_place", "block_places", "has_affine", "mlp_places"]
+__all__ = ["ChannelPlace", "Family", "attention_place", "block_places", "configured_input_size", "has_affine", "mlp_places"]
 
 
 @dataclass(frozen=True)
@@ -136,3 +137,8 @@ def mlp_places(name: str, block: nn.Module, norm: str | None = "norm2", mlp: str
 def has_affine(norm: nn.Module | None) -> bool:
     """Whether a normalisation has weights and biases that can take a change of channels."""
     return getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is not None
+
+
+def configured_input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images by timm's configuration of a model, in pixels, where its layers do not tell."""
+    return resolve_model_data_config(model)["input_size"][1:]

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import attention_modules, explicit_form, unknown_attention_modules
 
-__all__ = ["prepare_for_fx"]
+__all__ = ["OneArgument", "prepare_for_fx"]
 
 _WAY_ROUND = (
     "Way round: quantize by swapping modules, which traces nothing: DataFreeCalibrator(model, scheme=...), or "
@@ -31,7 +31,7 @@ _WAY_ROUND = (
 _FUNCTIONS = {"transpose": torch.transpose, "unbind": torch.unbind}
 
 
-class _OneArgument(nn.Module):
+class OneArgument(nn.Module):
     """Takes the images alone: optional arguments (``attn_mask``, ``is_causal``) stay the constants that they are.
 
     Traced as they stand they become placeholders, each of which gets a quantizer.
@@ -81,7 +81,7 @@ def prepare_for_fx(model: nn.Module) -> GraphModule:
     for name, module in attention_modules(model).items():
         model.set_submodule(name, explicit_form(module).eval())
     try:
-        traced = symbolic_trace(_OneArgument(model))
+        traced = symbolic_trace(OneArgument(model))
     except Exception as error:  # a tracer raises what the code that it cannot follow makes of its proxies
         raise ModelError(
             f"{type(model).__name__} cannot be prepared for FX: its forward pass cannot be traced "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from timm.data import resolve_model_data_config
 from timm.models.pvt_v2 import Attention
 from timm.models.pvt_v2 import Block
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
@@ -10,7 +9,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from maskaq_brevitas.models.attention import ExplicitAttention
-from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, has_affine
+from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, configured_input_size, has_affine
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["PVT", "ExplicitPvtAttention"]
@@ -43,14 +42,10 @@ class ExplicitPvtAttention(ExplicitAttention):
         return self.proj_drop(self.proj(self.attend(q * self.scale, k, v)))
 
 
-def _input_size(model: nn.Module) -> tuple[int, int]:
-    return resolve_model_data_config(model)["input_size"][1:]
-
-
 def _grids(model: nn.Module) -> list[tuple[int, int]]:
     """Of each stage: the first embedding strides by four, the others by two, both padded to cover the border."""
     stride, grids = model.patch_embed.proj.stride, []
-    rows, columns = (-(-side // step) for side, step in zip(_input_size(model), stride, strict=True))
+    rows, columns = (-(-side // step) for side, step in zip(configured_input_size(model), stride, strict=True))
     for index, _ in enumerate(model.stages):
         if index:
             rows, columns = -(-rows // 2), -(-columns // 2)
@@ -97,7 +92,7 @@ PVT = Family(
     activated=lambda module: ("fc2",) if isinstance(module, MlpWithDepthwiseConv) else (),
     layouts=_layouts,
     grid=lambda model: _grids(model)[0],
-    input_size=_input_size,
+    input_size=configured_input_size,
     whole_grid="the convolutions in its blocks need the whole grid",
     tail="convolutions between its blocks",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from timm.data import resolve_model_data_config
 from timm.models.tiny_vit import Attention
 from timm.models.tiny_vit import MBConv
 from timm.models.tiny_vit import NormMlp
@@ -13,7 +12,7 @@ from timm.models.tiny_vit import TinyVitBlock
 from torch import Tensor, nn
 
 from maskaq_brevitas.models.attention import ExplicitAttention
-from maskaq_brevitas.models.family import ChannelPlace, Family, has_affine
+from maskaq_brevitas.models.family import ChannelPlace, Family, configured_input_size, has_affine
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["TINY_VIT", "ExplicitTinyAttention"]
@@ -40,13 +39,9 @@ class ExplicitTinyAttention(ExplicitAttention):
         return self.proj(self.attend(q * self.scale, k, v, self.attention_biases[:, self.attention_bias_idxs]))
 
 
-def _input_size(model: nn.Module) -> tuple[int, int]:
-    return resolve_model_data_config(model)["input_size"][1:]
-
-
 def _grids(model: nn.Module) -> list[tuple[int, int]]:
     """Of each stage; every convolution with a stride halves the grid."""
-    rows, columns = (-(-side // 4) for side in _input_size(model))
+    rows, columns = (-(-side // 4) for side in configured_input_size(model))
     grids = [(rows, columns)]
     for _ in range(len(model.stages) - 1):
         rows, columns = -(-rows // 2), -(-columns // 2)
@@ -95,7 +90,7 @@ TINY_VIT = Family(
     activated=_activated,
     layouts=_layouts,
     grid=lambda model: _grids(model)[min(1, len(model.stages) - 1)],
-    input_size=_input_size,
+    input_size=configured_input_size,
     whole_grid="its windows and convolutions need the whole grid",
     tail="convolutions between its stages",
 )

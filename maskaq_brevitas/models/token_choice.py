@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import family_of
 
-__all__ = ["TokenChoice", "check_token_choice", "draw_tokens", "patch_count", "patch_tokens", "token_choice"]
+__all__ = ["TokenChoice", "check_token_choice", "draw_tokens", "patch_count", "patch_tokens", "token_choice", "why_all_tokens"]
 
 
 class TokenChoice(nn.Module):
@@ -61,12 +61,18 @@ def check_token_choice(model: nn.Module) -> None:
     Raises:
         ModelError: if it has no place for that, or its family says why it needs all.
     """
-    family = family_of(model)
-    reason = "" if family is None else family.whole_grid
-    if not reason and not isinstance(getattr(model, "patch_drop", None), nn.Identity):
-        reason = "it has no idle patch_drop module behind its position embedding"
+    reason = why_all_tokens(model)
     if reason:
         raise ModelError(f"No tokens of {type(model).__name__} can be left out: {reason}. Use kept_tokens=1.")
+
+
+def why_all_tokens(model: nn.Module) -> str:
+    """Why no tokens of a model can be left out; empty if they can."""
+    family = family_of(model)
+    if family is not None and family.whole_grid:
+        return family.whole_grid
+    idle = isinstance(getattr(model, "patch_drop", None), nn.Identity)
+    return "" if idle else "it has no idle patch_drop module behind its position embedding"
 
 
 def patch_count(model: nn.Module) -> int:

@@ -24,9 +24,11 @@ __all__ = ["Gradient", "Networks", "autocast", "informative", "networks", "objec
 
 @dataclass
 class Networks:
-    """Both networks, tapped.
+    """Both networks, tapped, and what an objective of theirs depends on.
 
     Attributes:
+        geometry: of the model.
+        config: weights, kinds of attention, schedules.
         float_snapshot, quant_snapshot: frozen; without the second there is no alignment.
         seen_by_float, seen_by_quant: their attention in the last forward pass.
         choice: tells them which tokens to leave out; None if none is.
@@ -34,6 +36,8 @@ class Networks:
         most: images that pass through them at once, at most; less after memory ran out.
     """
 
+    geometry: Geometry
+    config: SynthesisConfig
     float_snapshot: nn.Module
     quant_snapshot: nn.Module | None
     seen_by_float: AttentionRecord
@@ -82,7 +86,11 @@ class _Draws:
 
 @contextmanager
 def networks(
-    float_snapshot: nn.Module, quant_snapshot: nn.Module | None, config: SynthesisConfig, images: Tensor
+    float_snapshot: nn.Module,
+    quant_snapshot: nn.Module | None,
+    geometry: Geometry,
+    config: SynthesisConfig,
+    images: Tensor,
 ) -> Iterator[Networks]:
     """Both networks with their attention tapped, and told which tokens to leave out.
 
@@ -98,7 +106,9 @@ def networks(
         nullcontext(None) if quant_snapshot is None else attention_tap(quant_snapshot, *points) as seen_by_quant,
         token_choice(models) if config.kept_tokens < 1 else nullcontext(None) as choice,
     ):
-        both = Networks(float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, choice, 0, most=len(images))
+        both = Networks(
+            geometry, config, float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, choice, 0, most=len(images)
+        )
         try:
             both.graph_bytes = sum(memory.graph_bytes(model, images[:1], precision=config.precision) for model in models)
         except RuntimeError as error:
@@ -115,8 +125,6 @@ def objective_gradient(
     labels: Tensor,
     both: Networks,
     tokens: KeptTokens,
-    geometry: Geometry,
-    config: SynthesisConfig,
     progress: float,
     generator: torch.Generator,
 ) -> Gradient:
@@ -129,13 +137,14 @@ def objective_gradient(
         progress: 0 at the first iteration, 1 at the last.
         generator: random source on the CPU.
     """
-    draws = _draw(images, both, tokens, geometry, config, progress, generator)
+    geometry = both.geometry
+    draws = _draw(images, both, tokens, progress, generator)
     share = (geometry.prefix_tokens + tokens.places.shape[1]) / (geometry.prefix_tokens + geometry.patches)
-    most = min(both.most, memory.fitting(both.graph_bytes * share, images.device, config.memory_mib))
+    most = min(both.most, memory.fitting(both.graph_bytes * share, images.device, both.config.memory_mib))
     while True:
         try:
             found = [
-                _of_part(part, images, labels, both, tokens, geometry, config, progress, draws)
+                _of_part(part, images, labels, both, tokens, progress, draws)
                 for part in memory.parts(len(images), most)
             ]
             break
@@ -161,11 +170,10 @@ def _draw(
     images: Tensor,
     both: Networks,
     tokens: KeptTokens,
-    geometry: Geometry,
-    config: SynthesisConfig,
     progress: float,
     generator: torch.Generator,
 ) -> _Draws:
+    geometry, config = both.geometry, both.config
     reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
     down, right = augment.draw_roll(reach, generator)
     factors, offsets = augment.draw_colours(
@@ -193,22 +201,21 @@ def _of_part(
     labels: Tensor,
     both: Networks,
     tokens: KeptTokens,
-    geometry: Geometry,
-    config: SynthesisConfig,
     progress: float,
     draws: _Draws,
 ) -> Gradient:
     """The iteration for the images of ``part``; no graph outlives it."""
     leaves = images[part].detach().requires_grad_(True)
     try:
-        terms = _terms(part, leaves, labels[part], both, tokens, geometry, config, progress, draws)
+        terms = _terms(part, leaves, labels[part], both, tokens, progress, draws)
         if not terms:
             raise ConfigurationError(
                 f"Nothing shapes the images: {type(both.float_snapshot).__name__} has no classes, and every other weight is 0."
             )
         objective = sum(weight * term for weight, term in terms.values())
         (gradient,) = torch.autograd.grad(objective.sum(), leaves)
-        seen = received(both.seen_by_float, config.mask_attention, geometry, both.float_snapshot).detach().mean(dim=0)
+        kind = both.config.mask_attention
+        seen = received(both.seen_by_float, kind, both.geometry, both.float_snapshot).detach().mean(dim=0)
     finally:
         both.forget()
     return Gradient(objective.detach(), {name: term.detach() for name, (_, term) in terms.items()}, gradient, seen)
@@ -220,12 +227,11 @@ def _terms(
     labels: Tensor,
     both: Networks,
     tokens: KeptTokens,
-    geometry: Geometry,
-    config: SynthesisConfig,
     progress: float,
     draws: _Draws,
 ) -> dict[str, tuple[float, Tensor]]:
     """Weight and value ``(images,)`` of every term that is switched on, from one forward pass of each network."""
+    geometry, config = both.geometry, both.config
     x = torch.roll(images, shifts=(draws.down, draws.right), dims=(-2, -1))
     x = x * draws.factors[part].to(x) + draws.offsets[part].to(x)
     x = x.flip(-1) if draws.flipped else x

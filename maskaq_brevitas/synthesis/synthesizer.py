@@ -98,14 +98,14 @@ def synthesize(
 
     tokens = KeptTokens(geometry, len(labels), config.kept_tokens)
     found: Gradient | None = None
-    with networks(float_snapshot, quant_snapshot, config, parameter.images()) as both:
+    with networks(float_snapshot, quant_snapshot, geometry, config, parameter.images()) as both:
         for step in range(steps):
             progress = step / max(1, steps - 1)
             if found is not None and tokens.is_due(progress):
                 tokens.cut(found.received, progress)
             optimizer.param_groups[0]["lr"] = final_rate + (peak_rate - final_rate) * (1 + cos(pi * progress)) / 2
             images = parameter.images()
-            found = objective_gradient(images, labels, both, tokens, geometry, config, progress, generator)
+            found = objective_gradient(images, labels, both, tokens, progress, generator)
             (gradient,) = torch.autograd.grad(images, parameter.value, found.images)
             broken = ~(torch.isfinite(found.objective) & torch.isfinite(gradient.flatten(1)).all(dim=1))
             if broken.any():

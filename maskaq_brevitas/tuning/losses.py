@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.synthesis.objectives import feature_alignment_loss
 
 __all__ = ["block_error", "context_distance", "output_divergence", "temperature_divergence", "token_weights"]
 
@@ -56,8 +57,7 @@ def output_divergence(float_output: Tensor, quant_output: Tensor, classes: bool,
     """
     if classes:
         return temperature_divergence(float_output, quant_output, temperature)
-    p, q = float_output.flatten(1).float(), quant_output.flatten(1).float()
-    return ((p - q).square().sum(dim=1) / p.square().sum(dim=1).clamp_min(1e-12)).mean()
+    return feature_alignment_loss(float_output, quant_output).mean()
 
 
 def token_weights(float_context: Tensor, share: float = 0.1, weight: float = 2.0) -> Tensor:

@@ -151,8 +151,9 @@ def sensitivity(
     for name, members in groups.items():
         switches.set(set(switches.names).difference(members) if inverted else members)
         output = torch.cat([switches.model(images) for images in batches])
+        divergence = output_divergence(targets, output, has_classes(float_snapshot), 1.0)
         found.append(Sensitivity(
-            name=name, places=len(members), divergence=float(output_divergence(targets, output, has_classes(float_snapshot), 1.0)),
+            name=name, places=len(members), divergence=float(divergence),
             agreement=float((output.argmax(-1) == targets.argmax(-1)).float().mean()),
         ))  # fmt: skip
         if on_group is not None:

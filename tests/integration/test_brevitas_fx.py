@@ -32,7 +32,7 @@ def test_prints_the_table(capsys, tmp_path):
         for flow in ("quantize", "quantize_flexml")
     ]
     written = (tmp_path / "new" / "table.txt").read_text(encoding="utf-8")
-    assert written.startswith("python -m integration.brevitas_fx ") and printed in written
+    assert written.startswith("python -m integration.brevitas_fx --images 4 --steps 1 ") and printed in written
 
 
 @pytest.mark.parametrize(

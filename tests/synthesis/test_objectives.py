@@ -175,9 +175,9 @@ def test_published_objective_is_the_paper(tiny_vit, progress):
             rows, [reference.received(layer, 1, True) for layer in theirs], [chosen] * len(rows))),
     }  # fmt: skip
     float_model, frozen = float_snapshot(tiny_vit), frozen_snapshot(quant_model)
-    with iteration.networks(float_model, frozen, config, image) as networks:
+    with iteration.networks(float_model, frozen, geometry, config, image) as networks:
         found = iteration.objective_gradient(
-            image, torch.tensor([3]), networks, KeptTokens(geometry, 1, 1.0), geometry, config, progress,
+            image, torch.tensor([3]), networks, KeptTokens(geometry, 1, 1.0), progress,
             torch.Generator().manual_seed(0),
         )  # fmt: skip
     assert found.terms.keys() == expected.keys()

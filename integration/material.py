@@ -1,4 +1,4 @@
-"""What both FX flows take from the command line: a float model, labelled images, calibration images."""
+"""What the flows take from the command line: a float model, labelled images, calibration images."""
 
 from __future__ import annotations
 
@@ -127,15 +127,23 @@ class Material:
         )
 
 
+def command_line(module: str, arguments: Sequence[str] | None) -> str:
+    """The command that a flow's ``main(arguments)`` stands for; ``None``: the arguments of this process."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
+
+
 def print_table(
-    options: argparse.Namespace, parts: Sequence[str | tuple[list[str], list[list[Any]]]], *, module: str
+    options: argparse.Namespace, parts: Sequence[str | tuple[list[str], list[list[Any]]]], *, command: str
 ) -> None:
-    """Print texts and tables ``(titles, rows)``, first two columns to the left; write ``--out`` if it is given."""
+    """Print texts and tables ``(titles, rows)``, first two columns to the left; write ``--out`` if it is given.
+
+    Args:
+        command: what made them, written above them in the file (:func:`command_line`).
+    """
     texts = [part if isinstance(part, str) else text_table(*part, right=range(2, len(part[0]))) for part in parts]
     text = "\n\n".join(texts)
     print(text)
     if options.out is not None:
-        command = shlex.join(["python", "-m", module, *sys.argv[1:]])
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, lambda aside: aside.write_text(f"{command}\n\n{text}\n", encoding="utf-8"))
