@@ -26,7 +26,7 @@ from maskaq_brevitas.config import (
     resolve_scheme,
     to_mapping,
 )
-from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.errors import ConfigurationError, DamagedFileError, InputError, RunDirectoryError, SkippedLayerWarning
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
 from maskaq_brevitas.models.token_choice import check_token_choice, why_all_tokens
@@ -39,7 +39,7 @@ from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batc
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.allocate import allocate_widths, candidate_widths
 from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration, returned_quant_tensors
-from maskaq_brevitas.tuning.checkpoint import load_checkpoint
+from maskaq_brevitas.tuning.checkpoint import has_checkpoint, load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory, augment
 from maskaq_brevitas.tuning.distill_stage import DistillStage, refresh_is_due
 from maskaq_brevitas.tuning.ranges import search_ranges, set_channel_scales, undo_bias_correction
@@ -205,6 +205,7 @@ class DataFreeCalibrator(DataLoader):
 
         Raises:
             SynthesisError: if an image stays non-finite after the configured number of draws.
+            DamagedFileError: if the run directory has lost its images, or they are damaged.
         """
         if self.pool.version > 0:
             return self.pool
@@ -212,6 +213,12 @@ class DataFreeCalibrator(DataLoader):
             self.maker.load(self.run)
             drop_batches(self.run, self.pool.version)
             return self.pool
+        if self.run is not None and has_checkpoint(self.run):
+            # Images made anew would be those of before the refreshes that the tuned model has seen.
+            raise DamagedFileError(
+                f"{self.run.path / 'images.safetensors'} is missing, but the quant model has been tuned on it. Put the file "
+                "back, or start the run again with --overwrite."
+            )
         # Calibration loops iterate under no_grad or in inference mode, whose tensors could not be differentiated.
         with torch.inference_mode(False), torch.no_grad(), self.stage("synthesis"):
             self.maker.fill(self._coupled_snapshot(), self.run)

@@ -29,6 +29,7 @@ from maskaq_brevitas.export.finn import write_finn_sample
 from maskaq_brevitas.export.finn_lint import lint_finn as judge_for_finn
 from maskaq_brevitas.export.finn_lint import lint_text
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import FAMILIES
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
@@ -37,7 +38,7 @@ from maskaq_brevitas.progress import bars
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
-from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
+from maskaq_brevitas.run_directory import RunDirectory, fingerprint
 from maskaq_brevitas.support import check_support, recorded_support, refusals
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.synthesis.memory import auto_batch_size

@@ -10,7 +10,7 @@ import maskaq_brevitas
 ROOT = Path(maskaq_brevitas.__file__).parent
 #: From the ground up.
 LAYERS = (
-    "errors", "config", "progress", "run_directory", "models", "quant", "synthesis", "tuning", "evaluation", "export", "report",
+    "errors", "config", "progress", "files", "run_directory", "models", "quant", "synthesis", "tuning", "evaluation", "export", "report",
     "calibrator", "support", "options", "commands", "cli", "__main__",
 )  # fmt: skip
 

@@ -1,11 +1,9 @@
 """Running Brevitas' ONNX exporters on a copy of the model, and the checks that they do not make."""
 
-import contextlib
 import copy
 import os
 import tempfile
 from collections.abc import Callable
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ __all__ = [
     "has_dynamo",
     "last_lines",
     "run_exporter",
-    "whole_file",
 ]
 
 #: Name of the symbolic first dimension of a file that was exported with ``dynamic_batch=True``.
@@ -50,23 +47,6 @@ def enabled_quantizers(model: nn.Module) -> dict[str, nn.Module]:
 def count_quantizers(model: nn.Module) -> int:
     """Number of quantizers of a Brevitas model that are switched on; one shared by several layers counts once."""
     return len(enabled_quantizers(model))
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Path of a temporary file in the target's folder that takes the target's name on success and goes on failure."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes private files (0600); the finished one gets what a plain open() would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def export_copy(quant_model: nn.Module) -> nn.Module:

@@ -14,11 +14,11 @@ from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import has_dynamo
 from maskaq_brevitas.export.brevitas_onnx import last_lines
 from maskaq_brevitas.export.brevitas_onnx import run_exporter
-from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.integer_weights import INT4_OPSET
 from maskaq_brevitas.export.integer_weights import store_integer_weights
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.files import whole_file
 
 __all__ = ["QcdqFile", "export_qcdq"]
 

@@ -16,8 +16,8 @@ from maskaq_brevitas.export.brevitas_onnx import checked_target
 from maskaq_brevitas.export.brevitas_onnx import enabled_quantizers
 from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import last_lines
-from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.process import quiet
+from maskaq_brevitas.files import whole_file
 
 __all__ = ["TorchFile", "export_torch_program", "export_torch_qcdq", "load_torch_file"]
 

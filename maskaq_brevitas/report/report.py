@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.report.figures import (
@@ -26,7 +27,6 @@ from maskaq_brevitas.report.figures import (
     measure_places,
 )
 from maskaq_brevitas.report.pictures import save_image_grid
-from maskaq_brevitas.run_directory import write_whole
 from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 
