@@ -29,6 +29,7 @@ from maskaq_brevitas.config import (
 from maskaq_brevitas.errors import ConfigurationError, DamagedFileError, InputError, RunDirectoryError, SkippedLayerWarning
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
+from maskaq_brevitas.models.health import check_finite
 from maskaq_brevitas.models.token_choice import check_token_choice, why_all_tokens
 from maskaq_brevitas.progress import bars, random_stream, stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
@@ -82,8 +83,8 @@ class DataFreeCalibrator(DataLoader):
     Raises:
         ConfigurationError: unknown scheme or pattern, or a loader argument that would break the contract.
         InputError: if ``num_images`` is below 1.
-        ModelError: if the model has no known attention, its family is refused, or needs all of its tokens and
-            ``kept_tokens`` says otherwise.
+        ModelError: if a weight is not finite, the model has no known attention, its family is refused, or needs all of
+            its tokens and ``kept_tokens`` says otherwise.
 
     Example:
         >>> from maskaq_brevitas import DataFreeCalibrator, load_model
@@ -123,6 +124,7 @@ class DataFreeCalibrator(DataLoader):
         num_images = work.num_images if num_images is None else num_images
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
+        check_finite(float_model, "float_model")
         self.float_model = float_model
         self.geometry: Geometry = read_geometry(float_model)
         self.scheme = resolve_scheme(scheme)
