@@ -29,7 +29,7 @@ _FILES = (
 _MODES = ("new", "resume", "overwrite")
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a path aside, flush the file to disk, and give it its final name."""
     aside = path.with_name(path.name + ".partial")
     try:
@@ -119,7 +119,8 @@ class RunDirectory:
         manifest = run._read_manifest()
         if manifest is None:
             raise RunDirectoryError(f"{path} holds no run: expected a file {_MANIFEST} in it.")
-        return manifest["identity"]
+        identity: dict[str, Any] = manifest["identity"]
+        return identity
 
     def file(self, name: str) -> Path:
         """Path of a file of the run; its folder exists afterwards."""
@@ -192,7 +193,7 @@ class RunDirectory:
         if not path.is_file():
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             manifest["identity"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise RunDirectoryError(f"{path} is damaged ({error}); expected the manifest of a run.") from error

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ _FLOAT_BY_DESIGN = (
     "LayerNorm, softmax, activation functions, residual additions, biases, position embedding, class token"
 )
 _PICTURES = 16
+
+#: Draws a table from its titles and rows.
+_Table = Callable[[list[str], list[list[Any]]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class Report:
         shown = pool.pixels[:_PICTURES], pool.labels[:_PICTURES].tolist(), pool.informative[:_PICTURES]
         write_whole(folder / "images.png", lambda aside: save_image_grid(aside, *shown, pool.geometry.grid))
 
-    def _lines(self, table, heading) -> Iterator[str]:
+    def _lines(self, table: _Table, heading: Callable[[str], str]) -> Iterator[str]:
         """The text, section by section, with tables and headings drawn by the functions given."""
         cost, details = self.cost, self.details
         if self.accuracy:
@@ -244,7 +247,7 @@ def make_report(
     )
 
 
-def _card_lines(card: dict[str, Any], table) -> Iterator[str]:
+def _card_lines(card: dict[str, Any], table: _Table) -> Iterator[str]:
     """Costs and data types as qonnx reads them from the file; the totals above are counted on the PyTorch model."""
     yield table(["operands", "MMACs"], [[types, f"{count / 1e6:.3f}"] for types, count in card["macs_by_type"].items()])
     yield ""
