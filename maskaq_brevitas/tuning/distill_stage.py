@@ -161,7 +161,7 @@ class DistillStage:
         others = None if self.drawn is None else _endless(len(self.drawn), size - ours, generator)
         for _ in range(self.steps):
             pixels = pool.pixels[next(order)]
-            if others is not None:
+            if others is not None and self.drawn is not None:
                 pixels = torch.cat([pixels, self.drawn[next(others)]])
             yield pool.images(pixels).to(self.maker.device)
 
