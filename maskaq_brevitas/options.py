@@ -118,7 +118,7 @@ def to_yaml(options: argparse.Namespace) -> str:
             continue
         section, _, key = name.rpartition(".")
         (content.setdefault(section, {}) if section else content)[key] = value
-    return yaml.safe_dump(content, sort_keys=False)
+    return str(yaml.safe_dump(content, sort_keys=False))
 
 
 def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
