@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from timm.models.swin_transformer import PatchMerging
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -24,12 +26,14 @@ class ExplicitWindowAttention(ExplicitAttention):
     The bias is looked up in its table in every pass, so the table can be trained.
     """
 
-    def __init__(self, source: nn.Module):
+    relative_position_index: Tensor
+
+    def __init__(self, source: WindowAttention):
         super().__init__(source)
         self.scale = source.scale
         self.window_area: int = source.window_area
         self.relative_position_bias_table = source.relative_position_bias_table
-        self.register_buffer("relative_position_index", source.relative_position_index, persistent=False)
+        self.register_buffer("relative_position_index", source.get_buffer("relative_position_index"), persistent=False)
         self.qkv = source.qkv
         self.add_places(source.attn_drop)
         self.proj = source.proj
@@ -52,7 +56,7 @@ class FlatPatchMerging(nn.Module):
     Brevitas' bias correction and GPTQ compute wrong shapes for a Linear with inputs of four dimensions (0.13.4).
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: PatchMerging):
         super().__init__()
         self.norm = source.norm
         self.reduction = source.reduction
@@ -79,7 +83,7 @@ def window_bias(position: Tensor, mask: Tensor | None) -> Tensor:
 
 def window_layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
     """Of each block, Swin or Swin V2."""
-    blocks = [block for stage in model.layers for block in stage.blocks]
+    blocks = [block for stage in _stages(model) for block in stage.blocks]
     return tuple(
         AttentionLayout(
             grid=tuple(block.input_resolution), window=tuple(block.window_size), shift=tuple(block.shift_size)
@@ -92,16 +96,21 @@ def merging_passages(model: nn.Module) -> dict[str, str]:
     """The first block of each stage, and the patch merging in front of it."""
     return {
         f"layers.{index}.blocks.0": f"layers.{index}.downsample"
-        for index, stage in enumerate(model.layers)
+        for index, stage in enumerate(_stages(model))
         if not isinstance(stage.downsample, nn.Identity)
     }
+
+
+def _stages(model: nn.Module) -> list[Any]:
+    return list(cast(nn.ModuleList, model.layers))
 
 
 def _places(name: str, module: nn.Module) -> list[ChannelPlace]:
     if not isinstance(module, SwinTransformerBlock):
         reduction = (f"{name}.reduction",)
         return [ChannelPlace(f"{name}.norm", None, reduction)] if has_affine(module.norm) else []
-    fits = all(side % part == 0 for side, part in zip(module.input_resolution, module.window_size, strict=True))
+    grid = cast(tuple[int, int], module.input_resolution)
+    fits = all(side % part == 0 for side, part in zip(grid, module.window_size, strict=True))
     # Windows that do not fit are filled up with zeros behind the LayerNorm, and a shifted channel's zero is another.
     return [*(attention_place(name, module) if fits else []), *mlp_places(name, module)]
 
