@@ -133,7 +133,7 @@ def _places(graph: Any) -> Iterator[_Place]:
 
 
 def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float) -> InStep:
-    """Execute one batch such that what follows each quantizer starts from PyTorch's values, and compare every quantizer.
+    """Execute one batch such that what follows each quantizer starts from PyTorch's values; compare all of them.
 
     The graph is cut behind each activation quantizer; one run of ONNX Runtime then computes all pieces.
 

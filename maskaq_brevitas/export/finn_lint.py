@@ -268,7 +268,8 @@ def _graph_problems(graph: _Graph) -> Iterator[str]:
     for value in graph.graph.input:
         shape = graph.shape(value.name)
         if not shape or shape[0] != 1:
-            yield f"the batch of {value.name} is {shape[0] if shape else 'unknown'}, and has to be 1: export with --target finn"
+            batch = shape[0] if shape else "unknown"
+            yield f"the batch of {value.name} is {batch}, and has to be 1: export with --target finn"
 
 
 def _axis(graph: _Graph, node: Any, default: int) -> int:

@@ -1,4 +1,4 @@
-"""timm's AttentionPoolLatent: learned queries that gather an image's tokens (SigLIP, SO-ViT, EVA with attention pooling)."""
+"""timm's AttentionPoolLatent: learned queries that gather an image's tokens (SigLIP, SO-ViT, some EVA)."""
 
 from __future__ import annotations
 

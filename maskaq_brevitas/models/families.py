@@ -190,7 +190,7 @@ def _plain_form(module: nn.Module) -> nn.Module:
 
 
 def channel_places(model: nn.Module) -> list[ChannelPlace]:
-    """Where a model lets activation ranges be equalised: LayerNorms in front of linear layers, and hidden units of MLPs."""
+    """Where activation ranges can be equalised: LayerNorms in front of linear layers, and hidden units of MLPs."""
     places = []
     for name, module in model.named_modules():
         for family in FAMILIES:

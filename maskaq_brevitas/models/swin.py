@@ -51,7 +51,7 @@ class ExplicitWindowAttention(ExplicitAttention):
 
 
 class FlatPatchMerging(nn.Module):
-    """Swin's ``PatchMerging``: ``(batch, rows, columns, channels)`` to half of both, its linear layer on ``(batch, tokens, ...)``.
+    """Swin's ``PatchMerging``: ``(batch, rows, columns, channels)`` to half of both, its linear layer on three axes.
 
     Brevitas' bias correction and GPTQ compute wrong shapes for a Linear with inputs of four dimensions (0.13.4).
     """
@@ -68,7 +68,7 @@ class FlatPatchMerging(nn.Module):
 
 
 def merged_patches(x: Tensor) -> tuple[Tensor, int, int]:
-    """The channels of each two by two patches in one token, ``(batch, tokens, 4 * channels)``, and the rows and columns."""
+    """The channels of two by two patches in one token, ``(batch, tokens, 4 * channels)``, and the rows and columns."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     batch, height, width, channels = x.shape
     rows, columns = height // 2, width // 2
@@ -77,7 +77,7 @@ def merged_patches(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def window_bias(position: Tensor, mask: Tensor | None) -> Tensor:
-    """Bias of the logits: ``(heads, tokens, tokens)``, or with the mask of each window ``(windows, heads, tokens, tokens)``."""
+    """Bias of the logits: ``(heads, tokens, tokens)``, or with masks of windows ``(windows, heads, tokens, tokens)``."""
     return position if mask is None else position.unsqueeze(0) + mask.unsqueeze(1)
 
 

@@ -253,7 +253,8 @@ def _card_lines(card: dict[str, Any], table: _Table) -> Iterator[str]:
     yield ""
     yield f"- {card['macs'] / 1e6:.3f} MMACs, {card['bops'] / 1e9:.3f} GBOPs per image (qonnx.util.inference_cost)"
     yield f"- weights: {card['weights']:,}, {card['weight_bits'] / 8e6:.3f} MB"
-    yield f"- outputs of convolutions and matrix products: {card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    size = f"{card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    yield f"- outputs of convolutions and matrix products: {size}"
     yield f"- operators that are not counted: {', '.join(card['uncounted']) or 'none'}"
     counts = Counter(card["tensors"].values())
     yield f"- data types of {len(card['tensors'])} tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items())

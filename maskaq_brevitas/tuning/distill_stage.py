@@ -154,7 +154,7 @@ class DistillStage:
         return loss if math.isfinite(loss) else math.inf
 
     def _shuffled(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Batches of an epoch: the pool in a new order, as often as needed; of the images drawn for this, as many again."""
+        """Batches of an epoch: the pool in a new order, as often as needed; as many again of the images drawn for this."""
         pool, size = self.maker.pool, self.config.batch_size
         ours = size if self.drawn is None else max(1, size // 2)
         order = _endless(len(pool), ours, generator)

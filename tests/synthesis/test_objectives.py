@@ -132,8 +132,8 @@ def from_weights(kept):
         width = projected.shape[1] // 3
         size = width // attention.num_heads
         kept.append(np.stack([
-            projected[:, head * size : (head + 1) * size] @ projected[:, width + head * size : width + (head + 1) * size].T
-            for head in range(attention.num_heads)]))  # fmt: skip
+            projected[:, start : start + size] @ projected[:, width + start : width + start + size].T
+            for start in range(0, width, size)]))  # fmt: skip
 
     return hook
 
