@@ -38,7 +38,7 @@ def check(actual, expected, tolerance=1e-5):
 
 def test_class_loss():
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
-    expected = [reference.class_loss(row.double().numpy(), label) for row, label in zip(logits, (4, 0, 2))]
+    expected = [reference.class_loss(row.double().numpy(), label) for row, label in zip(logits, (4, 0, 2), strict=True)]
     check(objectives.class_loss(logits, torch.tensor([4, 0, 2])), expected)
 
 
