@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,13 @@ from maskaq_brevitas.tuning.ranges import search_ranges, set_channel_scales, und
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.state import load_quant_state
 
+if TYPE_CHECKING:
+    from maskaq_brevitas.report import Report
+
 __all__ = ["DataFreeCalibrator"]
 
 
-class DataFreeCalibrator(DataLoader):
+class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
     """Synthetic calibration batches for a Vision Transformer, made from the model itself.
 
     A ``torch.utils.data.DataLoader``: iterating yields ``(images, labels)``, images normalised float32
@@ -166,7 +169,7 @@ class DataFreeCalibrator(DataLoader):
 
     # -- the loader ---------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]  # torch's is a private class
         self.ensure_images()
         return super().__iter__()
 
@@ -438,7 +441,7 @@ class DataFreeCalibrator(DataLoader):
         if run.has("quant_model.safetensors"):
             load_quant_state(self._quant_model, run.read_tensors("quant_model.safetensors"))
 
-    def report(self, **extra: Any):
+    def report(self, **extra: Any) -> Report:
         """Figures of this run so far, see :func:`maskaq_brevitas.report.make_report`."""
         from maskaq_brevitas.report import make_report
 
@@ -534,7 +537,7 @@ class DataFreeCalibrator(DataLoader):
     def _tuning_stage(
         self, index: int, config: TuningConfig, optimizer: OptimizerFactory | None
     ) -> DistillStage | ReconstructStage:
-        common = dict(history=self.history, run=self.run, stage=index, bar=self._bar)
+        common: dict[str, Any] = dict(history=self.history, run=self.run, stage=index, bar=self._bar)
         if isinstance(config, ReconstructConfig):
             return ReconstructStage(self._quant_model, self.maker, config, **common)
 
@@ -561,7 +564,9 @@ def _tunings(tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple[Tuni
     Raises:
         ConfigurationError: if one of them is no tuning configuration.
     """
-    found = () if tuning is None else (tuning,) if type(tuning) in _KINDS else tuple(tuning)  # type: ignore[arg-type]
+    if tuning is None:
+        return ()
+    found = (tuning,) if isinstance(tuning, (DistillConfig, ReconstructConfig)) else tuple(tuning)
     for config in found:
         if type(config) not in _KINDS:
             raise ConfigurationError(f"tuning: expected DistillConfig or ReconstructConfig, got {config!r}.")

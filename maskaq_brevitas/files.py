@@ -75,8 +75,9 @@ def load_tensors(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[s
     """
     try:
         with safe_open(path, framework="pt") as file:
-            for name in () if like is None else {*like, *file.keys()}:
-                _compare(path, file, name, like)
+            if like is not None:
+                for name in sorted({*like, *file.keys()}):
+                    _compare(path, file, name, like)
             found = {name: file.get_tensor(name) for name in file.keys()}
             expected = (file.metadata() or {}).get(_KEY)
     except (OSError, SafetensorError) as error:

@@ -98,7 +98,8 @@ class RunDirectory:
         manifest = run._read_manifest()
         if manifest is None:
             raise RunDirectoryError(f"{path} holds no run: expected a file {_MANIFEST} in it.")
-        return manifest["identity"]
+        identity: dict[str, Any] = manifest["identity"]
+        return identity
 
     def file(self, name: str) -> Path:
         """Path of a file of the run; its folder exists afterwards.

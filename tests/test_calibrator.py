@@ -45,7 +45,7 @@ def batches(loader):
 
 
 def equal(one, other):
-    return len(one) == len(other) and all(torch.equal(a, b) for pair in zip(one, other) for a, b in zip(*pair))
+    return len(one) == len(other) and all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
 
 
 def probe(seed=0):

@@ -29,8 +29,8 @@ def make(name, scheme="w4a4", **options):
 
 
 def test_swin_is_reconstructed_across_its_stages():
-    calibrator = make("swin", tuning=ReconstructConfig(steps=20, feature_weight=1.0, informative_weight=2.0, variants=1),
-                      held_back=0)  # fmt: skip
+    tuning = ReconstructConfig(steps=20, feature_weight=1.0, informative_weight=2.0, variants=1)
+    calibrator = make("swin", tuning=tuning, held_back=0)
     calibrator.quantize()
     blocks = [entry for entry in calibrator.history if entry["event"] == "block"]
     assert [entry["block"] for entry in blocks] == [f"layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)]

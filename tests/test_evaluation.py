@@ -145,7 +145,7 @@ def test_labels_csv_in_its_own_order(tmp_path, tiny_vit):
     first, second = picture(tmp_path / "b.png", seed=1), picture(tmp_path / "sub" / "a.png", seed=2)
     dataset = labelled_folder(table(tmp_path, "\ufefffile,label,note\nb.png,7,x\nsub/a.png, 0,y\n"), tiny_vit)
     assert len(dataset) == 2 and dataset.labels == [7, 0]
-    for (image, _), pixels in zip((dataset[0], dataset[1]), (first, second)):
+    for (image, _), pixels in zip((dataset[0], dataset[1]), (first, second), strict=True):
         expected = (pixels.transpose(2, 0, 1) / 255 - 0.5) / 0.5  # nothing is resized: every image fits already
         np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
 

@@ -20,7 +20,7 @@ def layer(path):
 
 
 def imported(path):
-    """Parts of the package that a file imports when it runs, wherever in the file; what only a type checker reads is not."""
+    """Parts of the package that a file imports when it runs, wherever in the file, but not for a type checker."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":

@@ -100,7 +100,7 @@ def run_exporter(
     exporter: Callable[..., Any],
     title: str,
     model: nn.Module,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     batch: int,
     dynamic: bool,
     dynamo: bool,
@@ -111,7 +111,7 @@ def run_exporter(
     Args:
         exporter: of ``brevitas.export``; it changes the model's export handlers.
         title: of the format, for messages.
-        shape: (channels, height, width) of the images; ``batch`` is their number where it is not ``dynamic``.
+        shape: of one input, ``(channels, height, width)`` for an image; ``batch`` is their number where it is not ``dynamic``.
         dynamo: by way of torch.export; otherwise by TorchScript.
         options: what this exporter takes besides.
 
@@ -166,7 +166,7 @@ def _check_batch(proto: Any, dynamic: bool) -> None:
 
 
 def check_quantizers(
-    graph: Any, model: nn.Module, shape: tuple[int, int, int], batch: int, *, op_types: tuple[str, ...]
+    graph: Any, model: nn.Module, shape: tuple[int, ...], batch: int, *, op_types: tuple[str, ...]
 ) -> int:
     """Number of nodes of the given types, one of which each quantizer becomes.
 
@@ -203,6 +203,7 @@ def _same(one: list[Call] | None, other: list[Call] | None) -> bool:
     if not one or not other or len(one) != len(other):
         return False
     pairs = list(zip(one, other, strict=True))
-    if any(a.input is None or b.input is None for a, b in pairs):
-        return False
-    return all(torch.equal(a.input, b.input) and torch.equal(a.output, b.output) for a, b in pairs)
+    return all(
+        a.input is not None and b.input is not None and torch.equal(a.input, b.input) and torch.equal(a.output, b.output)
+        for a, b in pairs
+    )

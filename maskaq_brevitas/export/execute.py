@@ -192,8 +192,8 @@ def execute_in_step(graph: Any, model: nn.Module, images: Tensor, tolerance: flo
             call, source, result, context[node.input[1]], context[node.input[2]], tolerance
         )
         if problem:
-            failure = blame(graph.graph.node, model, images, context, index, problem, tolerance)
-            return InStep(float("nan"), flips, matched, failure)
+            broken = blame(graph.graph.node, model, images, context, index, problem, tolerance)
+            return InStep(float("nan"), flips, matched, broken)
         matched, flips = matched + 1, flips + flipped
         context[node.output[0]] = synchronised
 

@@ -101,7 +101,7 @@ class _Place:
 
     @property
     def result(self) -> str:
-        return self.node.output[0]
+        return str(self.node.output[0])
 
     def turned(self, value: NDArray[Any]) -> NDArray[Any]:
         """A value of PyTorch's in the layout of this place."""
@@ -133,7 +133,7 @@ def _places(graph: Any) -> Iterator[_Place]:
 
 
 def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float) -> InStep:
-    """Execute one batch such that what follows each quantizer starts from PyTorch's values, and compare every quantizer.
+    """Execute one batch such that what follows each quantizer starts from PyTorch's values; compare all of them.
 
     The graph is cut behind each activation quantizer; one run of ONNX Runtime then computes all pieces.
 
@@ -150,16 +150,16 @@ def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float)
 
     expected, calls = capture_calls(model, images, lambda module: isinstance(module, QuantProxyFromInjector))
     modules = dict(model.named_modules())
-    matched: list[tuple[_Place, Call]] = []
+    matched: list[tuple[_Place, Tensor, Tensor]] = []
     for place in _places(proto.graph):
         call = next_call(place.node, calls, modules)
         if call is not None and call.input is not None:
-            matched.append((place, call))
+            matched.append((place, call.input, call.output))
 
-    pieces, feed = _cut(proto, [(place, place.turned(call.output.numpy())) for place, call in matched if place.source])
+    pieces, feed = _cut(proto, [(place, place.turned(given.numpy())) for place, _, given in matched if place.source])
     feed[proto.graph.input[0].name] = images.numpy()
     logits = proto.graph.output[0].name
-    wanted = {name for place, _ in matched for name in (place.source, place.result) if name} | {logits}
+    wanted = {name for place, *_ in matched for name in (place.source, place.result) if name} | {logits}
     context = _run(pieces, feed, wanted)
 
     def failed(index: int, problem: str) -> InStep:
@@ -168,10 +168,10 @@ def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float)
         return InStep(float("nan"), flips, len(matched), blame(nodes, model, images, every, index, problem, tolerance))
 
     flips = 0
-    for place, call in matched:
+    for place, taken, given in matched:
         result = context[place.result]
         source = None if place.source is None else place.turned(context[place.source])
-        seen = Call(*(torch.from_numpy(place.turned(tensor.numpy())) for tensor in (call.input, call.output)))
+        seen = Call(*(torch.from_numpy(place.turned(tensor.numpy())) for tensor in (taken, given)))
         problem, _, flipped = compare_quantizer(seen, source, result, *place.parameters(result.ndim), tolerance)
         if problem:
             return failed(place.index, problem)

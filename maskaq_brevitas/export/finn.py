@@ -126,7 +126,10 @@ def write_finn_sample(
 @torch.no_grad()
 def _given(quant_model: nn.Module, image: Tensor, cut: Cut) -> Tensor:
     """What the graph of a cut takes for an image."""
-    return image if cut == "full" else finn_form(quant_model).stem(image)
+    if cut == "full":
+        return image
+    tokens: Tensor = finn_form(quant_model).get_submodule("stem")(image)
+    return tokens
 
 
 def sample_path(path: str | os.PathLike[str]) -> Path:

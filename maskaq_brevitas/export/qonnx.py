@@ -91,7 +91,7 @@ def export_qonnx(
         opset=wrapper.get_opset_imports()[""],
         quant_nodes=quant_nodes,
         bytes=target.stat().st_size,
-        input_shape=tuple(input_shape),
+        input_shape=(*input_shape,),
         dynamic_batch=dynamic_batch,
     )
 

@@ -170,7 +170,7 @@ def _export(
         path=target,
         quantizers=found,
         bytes=target.stat().st_size,
-        input_shape=tuple(input_shape),
+        input_shape=(*input_shape,),
         dynamic_batch=dynamic_batch,
     )
 
@@ -178,5 +178,6 @@ def _export(
 def load_torch_file(path: str | os.PathLike[str], kind: str) -> Callable[[Tensor], Tensor]:
     """The function that a file computes; ``kind`` is ``"torch-qcdq"`` or ``"torch-export"``."""
     if kind == "torch-qcdq":
-        return torch.jit.load(os.fspath(path))
+        script: Callable[[Tensor], Tensor] = torch.jit.load(os.fspath(path))
+        return script
     return torch.export.load(os.fspath(path)).module()

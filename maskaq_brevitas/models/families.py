@@ -7,6 +7,7 @@ Adding a family is one file with a :class:`~maskaq_brevitas.models.family.Family
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 from timm.layers import Mlp
 from timm.models.mobilevit import MobileVitBlock, MobileVitV2Block
@@ -56,7 +57,7 @@ __all__ = [
 FAMILIES: list[Family] = []
 
 #: Foreign attention type -> function that writes one such module out; of all families together.
-EXPLICIT_FORMS: dict[type[nn.Module], Callable[[nn.Module], ExplicitAttention]] = {}
+EXPLICIT_FORMS: dict[type[nn.Module], Callable[[Any], ExplicitAttention]] = {}
 
 #: Modules of models that are known and refused, and why.
 REFUSED: dict[type[nn.Module], str] = {
@@ -170,7 +171,8 @@ def write_out(model: nn.Module) -> None:
             holder = model.get_submodule(parent)
         except AttributeError:  # inside of what was replaced
             continue
-        if getattr(holder, child, None) is module and name:
+        present: Any = getattr(holder, child, None)
+        if present is module and name:
             form = _plain_form(module)
             if form is not module:
                 for alias in [alias for alias, found in model.named_modules(remove_duplicate=False) if found is module]:
@@ -188,7 +190,7 @@ def _plain_form(module: nn.Module) -> nn.Module:
 
 
 def channel_places(model: nn.Module) -> list[ChannelPlace]:
-    """Where a model lets activation ranges be equalised: LayerNorms in front of linear layers, and hidden units of MLPs."""
+    """Where activation ranges can be equalised: LayerNorms in front of linear layers, and hidden units of MLPs."""
     places = []
     for name, module in model.named_modules():
         for family in FAMILIES:
@@ -280,10 +282,12 @@ def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
             f"{type(model).__name__}: its blocks alone do not lead to its features ({family.tail}); use feature_weight=0."
         )
 
+    norm, forward_head = cast(nn.Module, model.norm), cast(Callable[..., Tensor], model.forward_head)
+
     def features(tokens: Tensor) -> Tensor:
         for following in behind:
             tokens = following(tokens)
-        return model.forward_head(model.norm(tokens), pre_logits=True)
+        return forward_head(norm(tokens), pre_logits=True)
 
     return features
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ _FLOAT_BY_DESIGN = (
     "LayerNorm, softmax, activation functions, residual additions, biases, position embedding, class token"
 )
 _PICTURES = 16
+
+#: Draws a table from its titles and rows.
+_Table = Callable[[list[str], list[list[Any]]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class Report:
         shown = pool.pixels[:_PICTURES], pool.labels[:_PICTURES].tolist(), pool.informative[:_PICTURES]
         write_whole(folder / "images.png", lambda aside: save_image_grid(aside, *shown, pool.geometry.grid))
 
-    def _lines(self, table, heading) -> Iterator[str]:
+    def _lines(self, table: _Table, heading: Callable[[str], str]) -> Iterator[str]:
         """The text, section by section, with tables and headings drawn by the functions given."""
         cost, details = self.cost, self.details
         if self.accuracy:
@@ -244,13 +247,14 @@ def make_report(
     )
 
 
-def _card_lines(card: dict[str, Any], table) -> Iterator[str]:
+def _card_lines(card: dict[str, Any], table: _Table) -> Iterator[str]:
     """Costs and data types as qonnx reads them from the file; the totals above are counted on the PyTorch model."""
     yield table(["operands", "MMACs"], [[types, f"{count / 1e6:.3f}"] for types, count in card["macs_by_type"].items()])
     yield ""
     yield f"- {card['macs'] / 1e6:.3f} MMACs, {card['bops'] / 1e9:.3f} GBOPs per image (qonnx.util.inference_cost)"
     yield f"- weights: {card['weights']:,}, {card['weight_bits'] / 8e6:.3f} MB"
-    yield f"- outputs of convolutions and matrix products: {card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    size = f"{card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    yield f"- outputs of convolutions and matrix products: {size}"
     yield f"- operators that are not counted: {', '.join(card['uncounted']) or 'none'}"
     counts = Counter(card["tensors"].values())
     yield f"- data types of {len(card['tensors'])} tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items())

@@ -26,7 +26,7 @@ def balanced_labels(count: int, num_classes: int, generator: torch.Generator) ->
     return torch.cat(rounds)[:count]
 
 
-class SyntheticImages(Dataset):
+class SyntheticImages(Dataset[tuple[Tensor, int]]):
     """Images as uint8 pixels, with labels and informative regions; yields ``(normalised float image, label)``.
 
     Attributes:

@@ -56,7 +56,7 @@ def test_pixels_survive_normalisation():
 def test_values_outside_the_pixel_range_are_clamped_and_rounded():
     pool = SyntheticImages(1, GEOMETRY)
     shares = torch.tensor([-0.3, 1.4, 100.4 / 255, 100.6 / 255]).view(4, 1, 1, 1)
-    for share, expected in zip(shares, (0, 255, 100, 101)):
+    for share, expected in zip(shares, (0, 255, 100, 101), strict=True):
         pool.put(torch.tensor([0]), GEOMETRY.normalize(share.expand(1, 3, 8, 12)), torch.tensor([1]), torch.ones(1, 6).bool())
         assert (pool.pixels == expected).all()
 
