@@ -30,11 +30,11 @@ from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.errors import SkippedLayerWarning
 
-MATERIALS = ("brick", "grass", "gravel", "coins", "page", "immunohistochemistry", "hubble_deep_field", "retina")
+MATERIALS = ("brick", "grass", "gravel", "coins", "page", "hubble_deep_field")
 SIDE, PATCH = 64, 8
 #: Of the labels in pictures, one colour for each material.
 COLOURS = torch.tensor([
-    [180, 70, 50], [60, 160, 60], [120, 120, 120], [210, 180, 60], [230, 230, 230], [150, 90, 200], [20, 30, 90], [240, 130, 40],
+    [180, 70, 50], [60, 160, 60], [120, 120, 120], [210, 180, 60], [230, 230, 230], [20, 30, 90],
 ])  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def mosaics(count: int, photos: list[Tensor], generator: torch.Generator) -> tup
     images, labels = torch.empty(count, 3, SIDE, SIDE), torch.empty(count, SIDE, SIDE, dtype=torch.long)
     places = torch.stack(torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")).float()  # (2, 64, 64)
     for index in range(count):
-        pieces = int(torch.randint(2, 6, (), generator=generator))
+        pieces = int(torch.randint(2, 5, (), generator=generator))
         seeds = torch.rand(pieces, 2, 1, 1, generator=generator) * SIDE
         waves = F.interpolate(torch.randn(1, 2, 6, 6, generator=generator) * 4, size=SIDE, mode="bicubic")[0]
         nearest = (places + waves - seeds).square().sum(dim=1).argmin(dim=0)  # (64, 64), number of the piece
@@ -98,9 +98,8 @@ def _crop(photo: Tensor, generator: torch.Generator) -> Tensor:
     crop = photo[top : top + SIDE, left : left + SIDE]
     crop = torch.rot90(crop, int(torch.randint(4, (), generator=generator)), (0, 1))
     crop = crop.flip(0) if torch.rand((), generator=generator) < 0.5 else crop
-    contrast, *tint = (0.6 + 0.8 * torch.rand(4, generator=generator)).tolist()
-    shift = 0.3 * float(torch.rand((), generator=generator)) - 0.15
-    grey = (crop - crop.mean()) * contrast + crop.mean() + shift
+    contrast, *tint = (0.8 + 0.4 * torch.rand(4, generator=generator)).tolist()
+    grey = (crop - crop.mean()) * contrast + crop.mean()
     return (grey * torch.tensor(tint).view(3, 1, 1)).clamp(0, 1)
 
 
@@ -187,11 +186,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--output", type=Path, default=Path("runs/segmentation"), help="folder for weights, figures, pictures")
     result.add_argument("--weights", type=Path, help="safetensors file of a model trained before")
-    result.add_argument("--train-steps", type=int, default=600, help="training steps of 32 mosaics")
+    result.add_argument("--train-steps", type=int, default=900, help="training steps of 32 mosaics")
     result.add_argument("--mosaics", type=int, default=2048, help="different mosaics to train on")
     result.add_argument("--train-seed", type=int, default=0, help="seed of the training")
     result.add_argument("--test-mosaics", type=int, default=256, help="mosaics to evaluate on")
-    result.add_argument("--schemes", nargs="+", default=["w8a8", "w4a8", "w4a4", "w3a3"], help="bit widths of the backbone")
+    result.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4", "w3a3"], help="bit widths of the backbone")
     result.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the images to quantize on")
     result.add_argument("--images", type=int, default=32, help="images to quantize on, of each kind")
     result.add_argument("--steps", type=int, default=60, help="iterations of synthesis")
@@ -221,12 +220,13 @@ def main() -> None:
             seen = {name: predicted(network, images) for name, network in models.items()}
             for name, found in seen.items():
                 table.setdefault(name, {}).setdefault(scheme, []).append(mean_iou(found, labels))
-            print(f"{scheme}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+            shown = ", ".join(f"{name} {table[name][scheme][-1]:.1f}" for name in seen)
+            print(f"{scheme}, seed {seed}: {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
             if seed == args.seeds[0]:
                 rows = {"truth": labels, "float": reference, **seen}
                 picture(args.output / f"{scheme}.png", images[:8], {name: row[:8] for name, row in rows.items()}, synthetic)
     (args.output / "figures.json").write_text(json.dumps({"mIoU": table, "arguments": vars(args)}, indent=2, default=str) + "\n")
-    print(f"\nmIoU [%], {args.test_mosaics} test mosaics, backbone quantized, head in float, {args.images} images, seeds {args.seeds}")
+    print(f"\nmIoU [%] on {args.test_mosaics} test mosaics; backbone quantized, head in float; seeds {args.seeds}")
     print("\n".join(lines_of(table, args.schemes)))
 
 
