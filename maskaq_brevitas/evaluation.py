@@ -156,8 +156,8 @@ def labelled_folder(
     channels, height, width = geometry.input_size
     if channels not in (1, 3):
         raise DataError(
-            f"Expected a model of grey or colour images, got {type(model).__name__} with {channels} channels, which image files do "
-            "not have. Give evaluate() a Dataset of your own, of normalised images (channels, height, width) and labels."
+            f"Expected a model of grey or colour images, got {type(model).__name__} with {channels} channels, which image files "
+            "do not have. Give evaluate() a Dataset of your own, of normalised images (channels, height, width) and labels."
         )
     other_sizes = {file: size for file in files if (size := _image_size(file)) != (width, height)}
     if resize is False and other_sizes:

@@ -89,7 +89,8 @@ def test_images_of_other_channels_and_sides(name, channels):
 def test_whole_runs_on_images_of_other_channels_and_sides(name, kept, tmp_path):
     """Tuning with every augmentation, report with pictures, export and its check."""
     synthesis = SynthesisConfig(steps=3, batch_size=4, kept_tokens=kept)
-    tuning = [DistillConfig(epochs=1, augment=kind, refresh_every=None, kept_tokens=kept) for kind in ("published", "light", "cutmix")]
+    common = dict(epochs=1, refresh_every=None, kept_tokens=kept)
+    tuning = [DistillConfig(augment=kind, **common) for kind in ("published", "light", "cutmix")]
     calibrator = make(name, scheme="w4a8", synthesis=synthesis, tuning=tuning)
     quant_model = calibrator.quantize()
     losses = [entry["held_back_loss"] for entry in calibrator.history if "held_back_loss" in entry]

@@ -187,7 +187,7 @@ def verify_torch_file(
             ) from error
         # A file with a fixed batch is taken to be for one image, as the command line exports it.
         try:
-            run(images[:2])
+            run(images[:1].repeat(2, 1, 1, 1))
             batch = DYNAMIC_BATCH
         except Exception:  # noqa: BLE001 - whatever the file's own check of its input raises
             batch = 1

@@ -110,12 +110,14 @@ class HostedBackbone:
         """A copy of the larger model, in evaluation mode, whose backbone is ``network``, itself and no copy.
 
         Args:
-            network: as :attr:`network`, quantized or frozen.
+            network: as :attr:`network`, quantized or frozen. If it takes no gradients, the copy does not either.
         """
         trunk = self.model.get_submodule(self.trunk_name)
         backbone = _seen_as(network, getattr(self._shown, "own", self._shown))
         # Wherever the copy meets the float backbone, under all of its names, it takes this one.
         larger = copy.deepcopy(self.model, {id(trunk): backbone})
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            larger.requires_grad_(False)
         return larger.to(next(network.parameters()).device).eval()
 
     def layers_outside(self) -> Iterator[tuple[str, nn.Module]]:

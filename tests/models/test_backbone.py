@@ -43,7 +43,8 @@ def test_a_vit_without_classifier_gives_its_tokens_and_what_it_pools_from_them()
 
 
 def test_a_backbone_with_a_classifier_gives_its_logits():
-    model = drawn(lambda: nn.Sequential(nn.Identity(), timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5)))
+    options = dict(img_size=32, depth=1, num_classes=5)
+    model = drawn(lambda: nn.Sequential(nn.Identity(), timm.create_model("vit_tiny_patch16_224", **options)))
     hosted = HostedBackbone(model, "1")
     assert torch.equal(hosted.network(noise()), model[1](noise())) and read_geometry(hosted.network).num_classes == 5
     assert not list(hosted.layers_outside())
@@ -98,7 +99,8 @@ def test_geometry_of_other_channels_and_sides():
 
 
 def test_layers_outside_are_named():
-    outside = [(name, type(layer).__name__) for name, layer in HostedBackbone(detector("retina"), "backbone.body").layers_outside()]
+    hosted = HostedBackbone(detector("retina"), "backbone.body")
+    outside = [(name, type(layer).__name__) for name, layer in hosted.layers_outside()]
     assert ("backbone.fpn.inner_blocks.0.0", "Conv2d") in outside and len(outside) == 14
     assert not [name for name, _ in outside if name.startswith("backbone.body")]
 
@@ -120,7 +122,7 @@ class Mobile(nn.Module):
         (lambda: Segmenter("vit"), "nothing", r"Segmenter has no module 'nothing'. Backbones in it: encoder\."),
         (lambda: Segmenter("vit"), "", r"has no module ''"),
         (lambda: Segmenter("swin"), "head", r"'head' of Segmenter: .*has no attention.*Backbones in it: encoder\."),
-        (lambda: detector("retina"), "backbone", r"'backbone' of RetinaNet is Pyramid; expected .* Backbones in it: backbone.body\."),
+        (lambda: detector("retina"), "backbone", r"of RetinaNet is Pyramid; expected .* Backbones in it: backbone.body\."),
         (lambda: Segmenter("vit"), "encoder.model", r"is VisionTransformer; expected .* Backbones in it: encoder\."),
         (Mobile, "body", r"'body' of Mobile: .*MobileViT: its attention sees every n-th pixel.*Backbones in it: none"),
     ),
