@@ -50,6 +50,7 @@ def check_outputs(model: nn.Module, example: Tensor) -> None:
     tensors = output_tensors(output)
     if tensors is None or any(part.ndim < 2 or len(part) != len(example) for part in tensors):
         inner = f" of {type(output[0]).__name__}" if isinstance(output, (list, tuple)) and output else ""
+        inner = f" {tuple(output.shape)}" if isinstance(output, Tensor) else inner
         raise ExportError(
             f"{type(model).__name__} cannot be exported: it gives {type(output).__name__}{inner}, and a file needs tensors with "
             "one entry per image, such as (batch, classes) or (batch, channels, height, width). Detections have another number "
