@@ -193,11 +193,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--mosaics", type=int, default=2048, help="different mosaics to train on")
     result.add_argument("--train-seed", type=int, default=0, help="seed of the training")
     result.add_argument("--test-mosaics", type=int, default=256, help="mosaics to evaluate on")
-    result.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4", "w3a3"], help="bit widths of the backbone")
+    result.add_argument("--schemes", nargs="+", default=["w4a4", "w3a3"], help="bit widths of the backbone")
     result.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the images to quantize on")
     result.add_argument("--images", type=int, default=32, help="images to quantize on, of each kind")
     result.add_argument("--steps", type=int, default=60, help="iterations of synthesis")
-    result.add_argument("--tune-steps", type=int, default=200, help="steps of tuning on synthetic images; 0: none")
+    result.add_argument("--tune-steps", type=int, default=100, help="steps of tuning on synthetic images; 0: none")
     result.add_argument("--threads", type=int, default=1, help="CPU threads")
     return result
 

@@ -39,7 +39,7 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("answer", "message"),
     (
-        (lambda images: [{"boxes": images}], "Gives cannot be exported: it gives list of dict, .*Export the part in front of them"),
+        (lambda images: [{"boxes": images}], "Gives cannot be exported: it gives list of dict, .*Export the part in front"),
         (lambda images: images.mean(), r"it gives Tensor \(\), "),
         (lambda images: torch.zeros(7, 4), r"it gives Tensor \(7, 4\), "),
         (lambda images: {"loss": None}, "it gives dict"),
