@@ -27,6 +27,7 @@ from maskaq_brevitas.config import (
     to_mapping,
 )
 from maskaq_brevitas.errors import ConfigurationError, DamagedFileError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.models.backbone import HostedBackbone
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
 from maskaq_brevitas.models.health import check_finite
@@ -34,7 +35,7 @@ from maskaq_brevitas.models.token_choice import check_token_choice, why_all_toke
 from maskaq_brevitas.progress import bars, random_stream, stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
-from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
+from maskaq_brevitas.quant.swap import SwapRecord, swap_layers, with_layers_outside
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
 from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batches, drop_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
@@ -64,6 +65,10 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         float_model: trained float model of a registered family (timm ViT, DeiT ...). It is not changed.
         quant_model: a Brevitas model of it that exists already, FX-traced (``brevitas.graph.quantize``) or not;
             ``None`` swaps the layers by ``scheme``.
+        backbone: name of the module to quantize inside a larger model (detection, segmentation), such as
+            ``"backbone.body"``; the rest stays in float. Images are made from the backbone alone. :attr:`quant_model` and all
+            that methods return is the larger model; :attr:`float_model` and :attr:`quant_backbone` are the backbone as a network
+            from images to its features (:class:`~maskaq_brevitas.models.backbone.HostedBackbone`).
         scheme: name (``"w4a8"``, ``"strict-w4a4"`` ...) or :class:`~maskaq_brevitas.config.Scheme`.
         overrides: shell pattern of layer names -> ``wXaY``.
         effort: ``"fast"`` (calibration only), ``"default"`` or ``"best"``: sets ``num_images``, ``synthesis`` and
@@ -103,6 +108,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         float_model: nn.Module,
         quant_model: nn.Module | None = None,
         *,
+        backbone: str | None = None,
         scheme: str | Scheme = "w4a8",
         overrides: Mapping[str, str] | None = None,
         effort: EffortName = "fast",
@@ -128,6 +134,12 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
         check_finite(float_model, "float_model")
+        self.hosted: HostedBackbone | None = None
+        larger = quant_model
+        if backbone is not None:
+            self.hosted = HostedBackbone(float_model, backbone)
+            float_model = self.hosted.network
+            quant_model = None if quant_model is None else self.hosted.network_of(quant_model)
         self.float_model = float_model
         self.geometry: Geometry = read_geometry(float_model)
         self.scheme = resolve_scheme(scheme)
@@ -148,7 +160,10 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self._returned = {} if quant_model is None else returned_quant_tensors(quant_model)
         if quant_model is None:
             quant_model, self.swap_record = swap_layers(float_model, self.scheme, self.overrides)
+            if self.hosted is not None:
+                self.swap_record = with_layers_outside(self.swap_record, self.hosted.layers_outside(), self.hosted.name)
         self._quant_model = quant_model.to(self.device)
+        self._larger_model = self._in_place(self._quant_model) if larger is None else larger.to(self.device)
         self.equalized: list[EqualizedPlace] = []
         self.range_factors: dict[str, float] = {}
         self.allocated: dict[str, str] = {}
@@ -180,7 +195,15 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
 
     @property
     def quant_model(self) -> nn.Module:
-        """The quant model: ours, or the one that was given."""
+        """The quant model: ours, or the one that was given; with ``backbone``, the larger model."""
+        return self._larger_model
+
+    @property
+    def quant_backbone(self) -> nn.Module:
+        """What is quantized, from images to one tensor: the quant model, or with ``backbone`` that part of it.
+
+        It is one and the same with the part in :attr:`quant_model`.
+        """
         return self._quant_model
 
     @property
@@ -240,7 +263,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         with self.stage("calibration"):
             batches = list(device_batches(self.pool, self.batch_size or 16, self.device))
             self.equalized, self.range_factors = self._calibrated(self._quant_model, batches)
-        return self._quant_model
+        return self.quant_model
 
     def quantize(
         self,
@@ -298,7 +321,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
                 self.best_epoch = getattr(work, "best_epoch", self.best_epoch)
         if self.run is not None:
             self.save()
-        return self._quant_model
+        return self.quant_model
 
     def refresh(
         self, *, share: float = 1.0, steps: int | None = None, start: RefreshStart = "images"
@@ -369,14 +392,14 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
         quant_model = self._swapped(self.scheme, {**self.allocated, **self.overrides})
         self._calibrated(quant_model, list(images.to(self.device).split(self.batch_size or 16)))
-        return frozen_snapshot(quant_model, self.geometry.input_size)
+        return self._in_place(frozen_snapshot(quant_model, self.geometry.input_size))
 
     def freeze(self) -> nn.Module:
         """A copy of the quant model for fast inference: weights quantized once, scales fixed, no gradients.
 
         Its outputs equal the quant model's bit for bit; it holds no Brevitas quantizers, so export the quant model.
         """
-        return frozen_snapshot(self._quant_model, self.geometry.input_size)
+        return self._in_place(self._snapshot())
 
     # -- persistence --------------------------------------------------------------------------------------------
 
@@ -390,6 +413,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             "synthesis": to_mapping(self.synthesis),
             **({"tuning": _described(self.tuning)} if self.tuning else {}),
             **({} if self._owns_quant_model else {"quant_model": self._given_quant_model}),
+            **({} if self.hosted is None else {"backbone": f"{self.hosted.name} of {type(self.hosted.model).__name__}"}),
             "seed": self.seed,
             "model": type(self.float_model).__name__,
             "weights": fingerprint(self.float_model),
@@ -452,6 +476,13 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         return stage(self.stages, name)
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _in_place(self, network: nn.Module) -> nn.Module:
+        """A quant or frozen model in the larger model, if there is one."""
+        return network if self.hosted is None else self.hosted.host(network)
+
+    def _snapshot(self) -> nn.Module:
+        return frozen_snapshot(self._quant_model, self.geometry.input_size)
 
     def _swapped(self, scheme: Scheme, overrides: Mapping[str, str]) -> nn.Module:
         """A fresh quant model; layers that stay in float were named by the constructor."""
@@ -518,7 +549,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if self.synthesis.align_weight == 0:
             return None
         if is_calibrated(self._quant_model):
-            return self.freeze()
+            return self._snapshot()
         return self._provisional_snapshot([self.maker.warm_up()])
 
     def _provisional_snapshot(self, batches: list[Tensor]) -> nn.Module:

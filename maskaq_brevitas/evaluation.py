@@ -153,7 +153,8 @@ def labelled_folder(
     Raises:
         DataError: when the folder or its labels are missing or malformed, an image is missing or broken, a label is
             outside ``[0, num_classes)``, a file lies outside the folder, the number of sub-folders is not that of the
-            classes, or ``resize=False`` and an image has another size than the model's input.
+            classes, the model takes images of other than one or three channels, or ``resize=False`` and an image has another
+            size than the model's input.
         ModelError: when the model is not a Vision Transformer whose input size can be read.
     """
     root = Path(path)
@@ -165,6 +166,11 @@ def labelled_folder(
     files, labels = _read_labels_csv(root, num_classes) if in_table else _read_class_folders(root, num_classes)
     geometry = read_geometry(model)
     channels, height, width = geometry.input_size
+    if channels not in (1, 3):
+        raise DataError(
+            f"Expected a model of grey or colour images, got {type(model).__name__} with {channels} channels, which image files "
+            "do not have. Give evaluate() a Dataset of your own, of normalised images (channels, height, width) and labels."
+        )
     other_sizes = {file: size for file in files if (size := _image_size(file)) != (width, height)}
     if resize is False and other_sizes:
         file, size = next(iter(other_sizes.items()))

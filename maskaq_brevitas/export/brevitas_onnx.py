@@ -14,6 +14,7 @@ from maskaq_brevitas.errors import ExportError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.export.capture import Call
 from maskaq_brevitas.export.capture import capture_calls
+from maskaq_brevitas.export.outputs import check_outputs
 from maskaq_brevitas.export.scopes import module_scopes
 from maskaq_brevitas.export.scopes import record_scopes
 
@@ -116,7 +117,7 @@ def run_exporter(
         options: what this exporter takes besides.
 
     Raises:
-        ExportError: the exporter failed, or the model's code fixes a batch that was to be dynamic.
+        ExportError: the model gives no tensors, the exporter failed, or the model's code fixes a batch that was to be dynamic.
     """
     import onnx
 
@@ -126,6 +127,7 @@ def run_exporter(
         options["external_data"] = False
     # torch.export specialises a dynamic dimension of size 1 to a constant, hence two example images.
     example = torch.zeros((2 if dynamic else batch, *shape))
+    check_outputs(model, example)
     if dynamic and dynamo:
         options["dynamic_shapes"] = ({0: torch.export.Dim(BATCH_DIMENSION, min=1, max=65536)},)
     elif dynamic:

@@ -24,6 +24,7 @@ from maskaq_brevitas.export.execute import relative_difference
 from maskaq_brevitas.export.execute import whole_batches
 from maskaq_brevitas.export.integer_weights import along
 from maskaq_brevitas.export.integer_weights import channel_axis
+from maskaq_brevitas.export.outputs import joined
 
 __all__ = ["QcdqModel", "load_qcdq", "qcdq_in_step", "qcdq_session"]
 
@@ -51,8 +52,12 @@ class QcdqModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         name = self.session.get_inputs()[0].name
-        found = [self.session.run(None, {name: chunk.numpy()})[0] for chunk in whole_batches(images, self.batch)]
-        return torch.from_numpy(np.concatenate(found))[: len(images)]
+        found = [_outputs(self.session.run(None, {name: chunk.numpy()})) for chunk in whole_batches(images, self.batch)]
+        return torch.cat(found)[: len(images)]
+
+
+def _outputs(values: list[NDArray[Any]]) -> Tensor:
+    return joined([torch.from_numpy(value) for value in values])
 
 
 def load_qcdq(path: str | os.PathLike[str], shape: tuple[int, ...]) -> tuple[Any, int]:
@@ -158,8 +163,8 @@ def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float)
 
     pieces, feed = _cut(proto, [(place, place.turned(given.numpy())) for place, _, given in matched if place.source])
     feed[proto.graph.input[0].name] = images.numpy()
-    logits = proto.graph.output[0].name
-    wanted = {name for place, *_ in matched for name in (place.source, place.result) if name} | {logits}
+    outputs = [value.name for value in proto.graph.output]
+    wanted = {name for place, *_ in matched for name in (place.source, place.result) if name} | set(outputs)
     context = _run(pieces, feed, wanted)
 
     def failed(index: int, problem: str) -> InStep:
@@ -176,7 +181,7 @@ def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float)
         if problem:
             return failed(place.index, problem)
         flips += flipped
-    difference = relative_difference(context[logits], expected.numpy())
+    difference = relative_difference(_outputs([context[name] for name in outputs]).numpy(), expected.numpy())
     if not difference <= tolerance:
         problem = f"its result differs by {difference:.3g} of the largest logit"
         if not matched:

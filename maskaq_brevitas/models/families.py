@@ -265,6 +265,8 @@ def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
         ModelError: if the model has no ``norm`` and ``forward_head`` as timm's ViT, or its family says that its blocks do not
             lead to its features.
     """
+    if getattr(model, "intermediates", None) is not None:
+        raise ModelError(f"{type(model).__name__} gives the outputs of several of its blocks; use feature_weight=0.")
     names = block_names(model)
     passages = block_passages(model)
     behind: list[nn.Module] = []

@@ -83,7 +83,7 @@ def window_bias(position: Tensor, mask: Tensor | None) -> Tensor:
 
 def window_layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
     """Of each block, Swin or Swin V2."""
-    blocks = [block for stage in _stages(model) for block in stage.blocks]
+    blocks = [block for _, stage in _stages(model) for block in stage.blocks]
     return tuple(
         AttentionLayout(
             grid=tuple(block.input_resolution), window=tuple(block.window_size), shift=tuple(block.shift_size)
@@ -95,14 +95,15 @@ def window_layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
 def merging_passages(model: nn.Module) -> dict[str, str]:
     """The first block of each stage, and the patch merging in front of it."""
     return {
-        f"layers.{index}.blocks.0": f"layers.{index}.downsample"
-        for index, stage in enumerate(_stages(model))
+        f"{name}.blocks.0": f"{name}.downsample"
+        for name, stage in _stages(model)
         if not isinstance(stage.downsample, nn.Identity)
     }
 
 
-def _stages(model: nn.Module) -> list[Any]:
-    return list(cast(nn.ModuleList, model.layers))
+def _stages(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules of the stages; timm's feature extractors hold them under other names than its classifiers."""
+    return [(name, part) for name, part in model.named_modules() if hasattr(part, "blocks") and hasattr(part, "downsample")]
 
 
 def _places(name: str, module: nn.Module) -> list[ChannelPlace]:

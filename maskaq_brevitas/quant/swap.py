@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from maskaq_brevitas.quant.attention import OPERANDS, quantize_operands
 from maskaq_brevitas.quant.linear import ChannelScaledLinear, TokenLinear
 from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weight_quantizer
 
-__all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers"]
+__all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers", "with_layers_outside"]
 
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 
@@ -179,6 +179,24 @@ def swap_layers(
         names = "; ".join(f"{layer.name} ({layer.type_name}: {layer.reason})" for layer in skipped)
         warnings.warn(f"Left in float: {names}.", SkippedLayerWarning, stacklevel=2)
     return quant_model.eval(), SwapRecord(tuple(places), skipped)
+
+
+def with_layers_outside(record: SwapRecord, layers: Iterable[tuple[str, nn.Module]], backbone: str) -> SwapRecord:
+    """The record of a backbone's swap, with the layers of the larger model that stay in float.
+
+    Args:
+        layers: by their names in the larger model.
+        backbone: its name in the larger model.
+
+    Warns:
+        SkippedLayerWarning: names these layers.
+    """
+    reason = f"outside of the backbone {backbone!r}"
+    outside = tuple(SkippedLayer(name, type(layer).__name__, reason) for name, layer in layers)
+    if outside:
+        names = ", ".join(f"{layer.name} ({layer.type_name})" for layer in outside)
+        warnings.warn(f"Left in float, {reason}: {names}.", SkippedLayerWarning, stacklevel=3)
+    return replace(record, skipped=(*record.skipped, *outside))
 
 
 def _quantized_layer(

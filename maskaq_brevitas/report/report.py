@@ -18,6 +18,7 @@ from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.cost import multiply_accumulates
+from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.report.figures import (
     Cost,
     PlaceFigures,
@@ -205,13 +206,15 @@ def make_report(
     macs = multiply_accumulates(calibrator.float_model)
     floating = calibrator.maker.float_snapshot
     pools = {"synthetic": pool, "held-back synthetic": calibrator.held_back}
-    with evaluation_mode(calibrator.quant_model):
-        places = measure_places(calibrator.quant_model, _batches(calibrator, measured), macs)
-        cost = measure_cost(calibrator.float_model, calibrator.quant_model, places, macs)
+    # Inside a larger model figures are of its backbone.
+    quant_model = calibrator.quant_backbone
+    with evaluation_mode(quant_model):
+        places = measure_places(quant_model, _batches(calibrator, measured), macs)
+        cost = measure_cost(calibrator.float_model, quant_model, places, macs)
         try:
-            quantized: nn.Module = calibrator.freeze()
+            quantized: nn.Module = frozen_snapshot(quant_model, calibrator.geometry.input_size)
         except ModelError:  # a quant model of the user's with quantizers that cannot be frozen
-            quantized = calibrator.quant_model
+            quantized = quant_model
         agreement = {
             name: _agreement(floating, quantized, _batches(calibrator, images))
             for name, images in pools.items()
@@ -283,6 +286,9 @@ def _origin(calibrator: DataFreeCalibrator) -> str:
 
 
 def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
+    if calibrator.hosted is not None:
+        larger = type(calibrator.hosted.model).__name__
+        yield f"figures, and names of layers, are of the backbone {calibrator.hosted.name!r} of {larger} alone"
     if calibrator.swap_record is None:
         yield "the quant model was given: what it leaves in float is not known here, and was not chosen here"
         return
