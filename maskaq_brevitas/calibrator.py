@@ -26,7 +26,14 @@ from maskaq_brevitas.config import (
     resolve_scheme,
     to_mapping,
 )
-from maskaq_brevitas.errors import ConfigurationError, DamagedFileError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.errors import (
+    ConfigurationError,
+    DamagedFileError,
+    InputError,
+    RunDirectoryError,
+    SilentLayerWarning,
+    SkippedLayerWarning,
+)
 from maskaq_brevitas.models.backbone import HostedBackbone
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
@@ -40,7 +47,13 @@ from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_v
 from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batches, drop_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.allocate import allocate_widths, candidate_widths
-from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration, returned_quant_tensors
+from maskaq_brevitas.tuning.calibrate import (
+    calibrate,
+    is_calibrated,
+    provisional_calibration,
+    returned_quant_tensors,
+    silent_quantizers,
+)
 from maskaq_brevitas.tuning.checkpoint import has_checkpoint, load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory, augment
 from maskaq_brevitas.tuning.distill_stage import DistillStage, refresh_is_due
@@ -263,6 +276,13 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         with self.stage("calibration"):
             batches = list(device_batches(self.pool, self.batch_size or 16, self.device))
             self.equalized, self.range_factors = self._calibrated(self._quant_model, batches)
+        silent = silent_quantizers(self._quant_model)
+        if silent:
+            warnings.warn(
+                f"The synthetic images give nothing but zeros (or one value) at the input of {', '.join(silent)}: what other "
+                "images give there will be clipped. More images (num_images) may reach it.", SilentLayerWarning,
+                stacklevel=2,
+            )  # fmt: skip
         return self.quant_model
 
     def quantize(

@@ -18,6 +18,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "RunDirectoryError",
+    "SilentLayerWarning",
     "SkippedLayerWarning",
     "SynthesisError",
     "TuningError",
@@ -85,6 +86,10 @@ class MissingExtraError(MaskAQError, ImportError):
 
 class MaskAQWarning(UserWarning):
     """Root of the warnings of this package."""
+
+
+class SilentLayerWarning(MaskAQWarning):
+    """A layer got nothing but zeros from the synthetic images, so that its scale says nothing about other images."""
 
 
 class SkippedLayerWarning(MaskAQWarning):

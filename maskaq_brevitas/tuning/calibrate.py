@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from maskaq_brevitas.errors import InputError, ModelError
 
-__all__ = ["calibrate", "is_calibrated", "provisional_calibration", "reset_calibration", "returned_quant_tensors"]
+__all__ = ["calibrate", "is_calibrated", "provisional_calibration", "reset_calibration", "returned_quant_tensors", "silent_quantizers"]
+
+
+_SMALLEST_SCALE = 1e-10  # scaling_min_val of Brevitas' quantizers
 
 
 def is_calibrated(quant_model: nn.Module) -> bool:
@@ -71,6 +74,17 @@ def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def silent_quantizers(quant_model: nn.Module) -> list[str]:
+    """Names of layers whose quantized input was zero, or one value, on all images: their scale is Brevitas' smallest."""
+    silent = []
+    for name, module in quant_model.named_modules():
+        for proxy in (getattr(module, "input_quant", None), getattr(module, "act_quant", None)):
+            scale = proxy.scale() if getattr(proxy, "is_quant_enabled", False) else None
+            if scale is not None and float(scale.max()) <= 2 * _SMALLEST_SCALE:
+                silent.append(name)
+    return silent
 
 
 def returned_quant_tensors(quant_model: nn.Module) -> dict[QuantLayerMixin, bool]:
