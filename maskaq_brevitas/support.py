@@ -91,7 +91,7 @@ def small_model(family: Family, example: str) -> nn.Module:
     """A small model with random weights: all parameters are drawn, also those that timm starts at zero or one."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        model = timm.create_model(example, pretrained=False, **family.examples[example])
+        model = family.create(example, **family.examples[example])
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape)
     return model.eval()
