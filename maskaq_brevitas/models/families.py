@@ -6,7 +6,9 @@ Adding a family is one file with a :class:`~maskaq_brevitas.models.family.Family
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -84,11 +86,13 @@ REFUSED: dict[type[nn.Module], str] = {
 #: Files of families whose classes come from an optional package, by one module of these classes. transformers is never
 #: imported here: a model of it cannot exist before its module is.
 _OPTIONAL = {
-    "transformers.models.swin.modeling_swin": "maskaq_brevitas.models.hf_swin",
-    "transformers.models.dinov2.modeling_dinov2": "maskaq_brevitas.models.hf_dinov2",
-    "transformers.models.deit.modeling_deit": "maskaq_brevitas.models.hf_deit",
     "transformers.models.vit.modeling_vit": "maskaq_brevitas.models.hf_vit",
+    "transformers.models.deit.modeling_deit": "maskaq_brevitas.models.hf_deit",
+    "transformers.models.dinov2.modeling_dinov2": "maskaq_brevitas.models.hf_dinov2",
+    "transformers.models.swin.modeling_swin": "maskaq_brevitas.models.hf_swin",
 }
+# Older ones build these models of other modules, under the same names in part.
+_TRANSFORMERS = (5, 24)
 
 
 def register_family(family: Family) -> None:
@@ -112,10 +116,21 @@ def known_families(*, optional: bool = False) -> list[Family]:
     wanted = optional and importlib.util.find_spec("transformers") is not None
     for foreign, own in _OPTIONAL.items():
         if foreign in sys.modules or wanted:
-            family = importlib.import_module(own).FAMILY
-            if not any(known is family for known in FAMILIES):
-                register_family(family)
+            family = _optional_family(own)
+            if family is not None and not any(known is family for known in FAMILIES):
+                FAMILIES.append(family)  # behind those that were registered from outside
+                EXPLICIT_FORMS.update({**family.attention, **EXPLICIT_FORMS})
     return FAMILIES
+
+
+@functools.cache
+def _optional_family(own: str) -> Family | None:
+    """The family in one of the files of :data:`_OPTIONAL`; None if the installed transformers is too old for it."""
+    return None if _transformers_version() < _TRANSFORMERS else importlib.import_module(own).FAMILY
+
+
+def _transformers_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -174,6 +189,9 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
         unknown = {type(module).__name__ for _, module in unknown_attention_modules(model)}
         what = f"its attention ({', '.join(sorted(unknown))}) is of a family" if unknown else "it has no attention"
         known = "; ".join(family.name for family in reversed(known_families()))
+        if type(model).__module__.startswith("transformers.") and _transformers_version() < _TRANSFORMERS:
+            needed, found_one = (".".join(map(str, version)) for version in (_TRANSFORMERS, _transformers_version()))
+            known += f"; with transformers {needed} or newer its ViT, DeiT, DINOv2 and Swin (this is {found_one})"
         raise ModelError(
             f"{type(model).__name__} cannot be quantized: {what} that is not registered. Registered: {known}."
             if unknown
@@ -283,8 +301,9 @@ class _AnswerLogits:
     def __init__(self, logits: Callable[[Any], Tensor]):
         self.logits = logits
 
-    def __call__(self, _model: nn.Module, _inputs: tuple, output: Any) -> Tensor:
-        return output if isinstance(output, Tensor) else self.logits(output)
+    def __call__(self, _model: nn.Module, _inputs: tuple, output: Any) -> Tensor | None:
+        # None: Brevitas' GPTQ gives it for a pass that it ended at the layer it wanted.
+        return output if output is None or isinstance(output, Tensor) else self.logits(output)
 
 
 def read_logits(model: nn.Module, output: Any) -> Tensor:

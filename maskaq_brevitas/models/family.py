@@ -212,4 +212,5 @@ def data_config(model: nn.Module, defaults: Mapping[str, Any] | None = None) -> 
     Args:
         defaults: what holds where the model says nothing, in front of timm's own defaults (those of ImageNet, 224 px).
     """
-    return resolve_model_data_config(model, pretrained_cfg={**(defaults or {}), **(getattr(model, "pretrained_cfg", None) or {})})
+    own = getattr(model, "pretrained_cfg", None) or {}
+    return resolve_model_data_config(model, pretrained_cfg={**(defaults or {}), **own})

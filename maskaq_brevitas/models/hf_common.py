@@ -26,7 +26,7 @@ IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 
 #: Configuration of a small model, for the examples of families.
 SMALL = dict(
-    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=10
+    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=10
 )  # fmt: skip
 
 
@@ -80,8 +80,6 @@ def _sides(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _logits(output: Any) -> Tensor:
-    if isinstance(output, tuple):  # configured with return_dict=False
-        return output[0]
     return output.logits
 
 

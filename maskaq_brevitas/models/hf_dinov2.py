@@ -37,7 +37,7 @@ FAMILY = Family(
     name="transformers DINOv2",
     examples={
         "transformers:Dinov2ForImageClassification": dict(
-            image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, num_labels=10
+            image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, num_labels=10
         )
     },  # fmt: skip
     attention={Dinov2Attention: ExplicitHFAttention},

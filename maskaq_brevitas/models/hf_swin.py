@@ -49,10 +49,7 @@ class PlainSwinLayer(nn.Module):
     def __init__(self, source: nn.Module, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
-        # One window where it would be larger than the grid, and no shift then.
-        small = min(grid) <= source.window_size
-        self.window = (min(*grid, source.window_size),) * 2
-        self.shift = (0 if small else source.shift_size,) * 2
+        self.window, self.shift = _window(source, grid)
         self.layernorm_before = source.layernorm_before
         self.attention = ExplicitHFWindowAttention(source.attention)
         self.layernorm_after = source.layernorm_after
@@ -113,6 +110,14 @@ class PlainSwinEncoder(nn.Module):
         return SwinEncoderOutput(last_hidden_state=hidden_states)
 
 
+def _window(block: nn.Module, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sides of a block's windows, and their shift: none where a window is as large as the grid."""
+    if isinstance(block, PlainSwinLayer):
+        return block.window, block.shift
+    side, shift = min(*grid, block.window_size), 0 if min(grid) <= block.window_size else block.shift_size
+    return (side, side), (shift, shift)
+
+
 def _grids(encoder: nn.Module) -> list[tuple[int, int]]:
     """Of each stage; the first block knows that of the image."""
     first = encoder.layers[0].blocks[0]
@@ -125,13 +130,12 @@ def _grids(encoder: nn.Module) -> list[tuple[int, int]]:
 
 
 def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
-    encoder = model.base_model.encoder
-    plain = encoder if isinstance(encoder, PlainSwinEncoder) else PlainSwinEncoder(encoder)
-    return tuple(
-        AttentionLayout(grid=block.grid, window=block.window, shift=block.shift)
-        for stage in plain.layers
-        for block in stage.blocks
-    )
+    encoder, layouts = model.base_model.encoder, []
+    for grid, stage in zip(_grids(encoder), encoder.layers, strict=True):
+        for block in stage.blocks:
+            window, shift = _window(block, grid)
+            layouts.append(AttentionLayout(grid=grid, window=window, shift=shift))
+    return tuple(layouts)
 
 
 def _passages(model: nn.Module) -> dict[str, str]:
@@ -146,8 +150,10 @@ def _places(name: str, module: nn.Module) -> list[ChannelPlace]:
     if isinstance(module, PlainPatchMerging):
         return [ChannelPlace(f"{name}.norm", None, (f"{name}.reduction",))] if has_affine(module.norm) else []
     # Windows that do not fit are filled up with zeros behind the LayerNorm, and a shifted channel's zero is another.
-    fits = isinstance(module, PlainSwinLayer) and all(side % part == 0 for side, part in zip(module.grid, module.window))
-    return hf_places("layernorm_before", "layernorm_after")(name, module) if fits else mlp_places(name, module, "layernorm_after")
+    known = isinstance(module, PlainSwinLayer)
+    fits = known and all(side % part == 0 for side, part in zip(module.grid, module.window, strict=True))
+    both = hf_places("layernorm_before", "layernorm_after")
+    return both(name, module) if fits else mlp_places(name, module, "layernorm_after")
 
 
 def _head(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.models.vision_transformer import MLPBlock
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention, additive_mask, plain_linear
+from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention, plain_linear
 from maskaq_brevitas.models.family import ChannelPlace, Family, has_affine
 
 __all__ = ["ExplicitMultiheadAttention", "IdleMLP", "TORCHVISION_VIT", "idle_mlp_places", "only_model"]
@@ -60,15 +59,12 @@ class ExplicitMultiheadAttention(ExplicitAttention):
             raise ModelError("MultiheadAttention got tokens without a batch axis; expected (batch, tokens, channels).")
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        bias = additive_mask(attn_mask, False, query)  # is_causal only says what kind of mask attn_mask is
-        if bias is not None and bias.dim() == 3:
+        bias = _additive(attn_mask, query)  # is_causal only says what kind of mask attn_mask is
+        if bias is not None and bias.dim() == 3:  # (batch * heads, queries, keys)
             bias = bias.unflatten(0, (-1, self.num_heads))
-        if key_padding_mask is not None:  # True, or what is added: a key that is not attended to
-            padding = key_padding_mask
-            if not padding.dtype.is_floating_point:
-                padding = torch.zeros_like(padding, dtype=query.dtype).masked_fill(padding, float("-inf"))
-            padding = padding[:, None, None]
-            bias = padding if bias is None else bias + padding
+        padding = _additive(key_padding_mask, query)
+        if padding is not None:  # (batch, keys)
+            bias = padding[:, None, None] if bias is None else bias + padding[:, None, None]
         seen: list[Tensor] = []
         if need_weights:
             self.attention.open(seen)
@@ -77,6 +73,13 @@ class ExplicitMultiheadAttention(ExplicitAttention):
         self.attention.close(seen)
         weights = None if not need_weights else seen[0].mean(dim=1) if average_attn_weights else seen[0]
         return x if self.batch_first else x.transpose(0, 1), weights
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """PyTorch's masks of attention, boolean (True = do not attend) or additive, as an addend of the logits."""
+    if mask is None or mask.dtype.is_floating_point:
+        return mask
+    return like.new_zeros(mask.shape).masked_fill(mask, float("-inf"))
 
 
 def _copied(rows: Tensor, trained: bool) -> nn.Parameter:
@@ -139,7 +142,7 @@ TORCHVISION_VIT = Family(
     name="torchvision ViT",
     examples={
         "torchvision:vit_b_16": dict(
-            image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
+            image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
         )
     },  # fmt: skip
     create=_create,

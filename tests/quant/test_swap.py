@@ -250,14 +250,19 @@ def test_a_convolution_and_an_attention_without_a_twin_are_named():
         def forward(self, x):
             return self.mix(x)
 
+    class StrangeAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
     model = vit()
     model.blocks[0].ls1 = Mixed()
-    model.extra = nn.MultiheadAttention(16, 2)
+    model.extra = StrangeAttention()
     with pytest.warns(SkippedLayerWarning):
         _, record = swap_layers(model, "w4a4")
     reasons = {layer.name: (layer.type_name, layer.reason) for layer in record.skipped}
     assert reasons["blocks.0.ls1.mix"] == ("Conv1d", "no quantized twin for this type")
-    assert reasons["extra"] == ("MultiheadAttention", "attention of an unregistered family, its matmuls stay float")
+    assert reasons["extra"] == ("StrangeAttention", "attention of an unregistered family, its matmuls stay float")
 
 
 def test_layer_scale_is_not_reported_as_a_layer(recwarn):
