@@ -220,9 +220,8 @@ def models(options: Namespace) -> None:
         raise ConfigurationError(f"Expected a text that is part of a family's name ({known}), got {options.family!r}.")
     if options.check:
         families = {family.name: family for family in known_families(optional=True)}
-        missing = [row.family for row in rows if row.family not in families]
-        if missing:
-            raise MissingExtraError(f"Measuring {missing[0]} needs transformers: pip install 'maskaq_brevitas[hf]'.")
+        if any(row.family not in families for row in rows):
+            raise MissingExtraError("transformers", "hf")
         rows = [check_support(families[row.family], row.example).row for row in rows]
     titles = ["family", "example", "swapped", "MACs quantized", "taps", "FX", "QONNX", "ONNX Runtime"]
     print(text_table(titles, [list(vars(row).values()) for row in rows], right=()))
