@@ -18,7 +18,7 @@ from torchvision.models.swin_transformer import SwinTransformerBlockV2
 from torchvision.ops.misc import MLP
 
 from maskaq_brevitas.models.attention import ExplicitAttention, joined_linear
-from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, configured_input_size, has_affine
+from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, data_config, has_affine
 from maskaq_brevitas.models.layout import AttentionLayout
 from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL, FlatPatchMerging, window_bias
 from maskaq_brevitas.models.swin_v2 import FlatPatchMerging as FlatPatchMergingV2
@@ -100,10 +100,16 @@ class ExplicitShiftedAttentionV2(ExplicitShiftedAttention):
         return F.normalize(q, dim=-1) * self.scale, F.normalize(k, dim=-1)
 
 
+def _input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width by the model's ``pretrained_cfg``, else those that torchvision's weights were trained with."""
+    v2 = isinstance(model.features[1][0], SwinTransformerBlockV2)
+    return data_config(model, dict(input_size=(3, 256, 256) if v2 else (3, 224, 224)))["input_size"][1:]
+
+
 def _stages(model: nn.Module) -> list[tuple[int, tuple[int, int]]]:
     """Index in ``features`` of each stage, and the grid of its tokens."""
     embedding = model.features[0][0]
-    rows, columns = (side // step for side, step in zip(configured_input_size(model), embedding.stride, strict=True))
+    rows, columns = (side // step for side, step in zip(_input_size(model), embedding.stride, strict=True))
     stages = []
     for index, part in enumerate(model.features[1:], start=1):
         if isinstance(part, nn.Sequential):
@@ -181,7 +187,7 @@ TORCHVISION_SWIN = Family(
     prepare=_tell_grids,
     layouts=only_model(SwinTransformer, _layouts),
     grid=only_model(SwinTransformer, lambda model: _stages(model)[0][1]),
-    input_size=configured_input_size,
+    input_size=_input_size,
     passages=_passages,
     prefix=lambda model: 0,
     class_token=lambda model: False,

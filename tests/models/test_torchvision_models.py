@@ -94,6 +94,9 @@ def test_swin_geometry_comes_from_the_configuration_that_may_be_set():
     assert geometry.mean == (0.1, 0.2, 0.3) and geometry.std == (0.5, 0.5, 0.5)
     del other.pretrained_cfg
     assert read_geometry(other).input_size == (3, 224, 224)
+    other = copy.deepcopy(build("tv_swin_v2"))
+    del other.pretrained_cfg
+    assert read_geometry(other).input_size == (3, 256, 256)
 
 
 def test_windows_hold_neighbours_and_can_be_joined():
