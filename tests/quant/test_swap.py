@@ -70,11 +70,13 @@ def build_named(name):
     model = build(**options)
     if gated:
         attention = type(model.blocks[0].attn)
-        for block in model.blocks:
-            try:
-                block.attn = attention(16, num_heads=2, gated=True, scale_norm=True, norm_layer=nn.LayerNorm).eval()
-            except TypeError:
-                pytest.skip("this timm has no gated attention")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for block in model.blocks:
+                try:
+                    block.attn = attention(16, num_heads=2, gated=True, scale_norm=True, norm_layer=nn.LayerNorm).eval()
+                except TypeError:
+                    pytest.skip("this timm has no gated attention")
     return model
 
 
