@@ -20,7 +20,7 @@ from maskaq_brevitas.evaluation import digits_split, evaluate, labelled_folder
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL
 from maskaq_brevitas.report.report import text_table
-from maskaq_brevitas.run_directory import write_whole
+from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.synthesis.augment import pixel_noise
 
 __all__ = ["BATCH", "Material", "add_options", "print_table"]

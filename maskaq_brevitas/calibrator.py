@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,30 +26,35 @@ from maskaq_brevitas.config import (
     resolve_scheme,
     to_mapping,
 )
-from maskaq_brevitas.errors import ConfigurationError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.errors import ConfigurationError, DamagedFileError, InputError, RunDirectoryError, SkippedLayerWarning
+from maskaq_brevitas.models.backbone import HostedBackbone
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
+from maskaq_brevitas.models.health import check_finite
 from maskaq_brevitas.models.token_choice import check_token_choice, why_all_tokens
 from maskaq_brevitas.progress import bars, random_stream, stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
-from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
+from maskaq_brevitas.quant.swap import SwapRecord, swap_layers, with_layers_outside
 from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
 from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batches, drop_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.allocate import allocate_widths, candidate_widths
 from maskaq_brevitas.tuning.calibrate import calibrate, is_calibrated, provisional_calibration, returned_quant_tensors
-from maskaq_brevitas.tuning.checkpoint import load_checkpoint
+from maskaq_brevitas.tuning.checkpoint import has_checkpoint, load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory, augment
 from maskaq_brevitas.tuning.distill_stage import DistillStage, refresh_is_due
 from maskaq_brevitas.tuning.ranges import search_ranges, set_channel_scales, undo_bias_correction
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.state import load_quant_state
 
+if TYPE_CHECKING:
+    from maskaq_brevitas.report import Report
+
 __all__ = ["DataFreeCalibrator"]
 
 
-class DataFreeCalibrator(DataLoader):
+class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
     """Synthetic calibration batches for a Vision Transformer, made from the model itself.
 
     A ``torch.utils.data.DataLoader``: iterating yields ``(images, labels)``, images normalised float32
@@ -63,6 +68,10 @@ class DataFreeCalibrator(DataLoader):
             :func:`~maskaq_brevitas.models.geometry.read_geometry`.
         quant_model: a Brevitas model of it that exists already, FX-traced (``brevitas.graph.quantize``) or not;
             ``None`` swaps the layers by ``scheme``.
+        backbone: name of the module to quantize inside a larger model (detection, segmentation), such as
+            ``"backbone.body"``; the rest stays in float. Images are made from the backbone alone. :attr:`quant_model` and all
+            that methods return is the larger model; :attr:`float_model` and :attr:`quant_backbone` are the backbone as a network
+            from images to its features (:class:`~maskaq_brevitas.models.backbone.HostedBackbone`).
         scheme: name (``"w4a8"``, ``"strict-w4a4"`` ...) or :class:`~maskaq_brevitas.config.Scheme`.
         overrides: shell pattern of layer names -> ``wXaY``.
         effort: ``"fast"`` (calibration only), ``"default"`` or ``"best"``: sets ``num_images``, ``synthesis`` and
@@ -85,8 +94,8 @@ class DataFreeCalibrator(DataLoader):
     Raises:
         ConfigurationError: unknown scheme or pattern, or a loader argument that would break the contract.
         InputError: if ``num_images`` is below 1.
-        ModelError: if the model has no known attention, its family is refused, or needs all of its tokens and
-            ``kept_tokens`` says otherwise.
+        ModelError: if a weight is not finite, the model has no known attention, its family is refused, or needs all of
+            its tokens and ``kept_tokens`` says otherwise.
 
     Example:
         >>> from maskaq_brevitas import DataFreeCalibrator, load_model
@@ -102,6 +111,7 @@ class DataFreeCalibrator(DataLoader):
         float_model: nn.Module,
         quant_model: nn.Module | None = None,
         *,
+        backbone: str | None = None,
         scheme: str | Scheme = "w4a8",
         overrides: Mapping[str, str] | None = None,
         effort: EffortName = "fast",
@@ -126,6 +136,13 @@ class DataFreeCalibrator(DataLoader):
         num_images = work.num_images if num_images is None else num_images
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
+        check_finite(float_model, "float_model")
+        self.hosted: HostedBackbone | None = None
+        larger = quant_model
+        if backbone is not None:
+            self.hosted = HostedBackbone(float_model, backbone)
+            float_model = self.hosted.network
+            quant_model = None if quant_model is None else self.hosted.network_of(quant_model)
         self.float_model = float_model
         self.geometry: Geometry = read_geometry(float_model)
         self.scheme = resolve_scheme(scheme)
@@ -146,7 +163,10 @@ class DataFreeCalibrator(DataLoader):
         self._returned = {} if quant_model is None else returned_quant_tensors(quant_model)
         if quant_model is None:
             quant_model, self.swap_record = swap_layers(float_model, self.scheme, self.overrides)
+            if self.hosted is not None:
+                self.swap_record = with_layers_outside(self.swap_record, self.hosted.layers_outside(), self.hosted.name)
         self._quant_model = quant_model.to(self.device)
+        self._larger_model = self._in_place(self._quant_model) if larger is None else larger.to(self.device)
         self.equalized: list[EqualizedPlace] = []
         self.range_factors: dict[str, float] = {}
         self.allocated: dict[str, str] = {}
@@ -167,7 +187,7 @@ class DataFreeCalibrator(DataLoader):
 
     # -- the loader ---------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]  # torch's is a private class
         self.ensure_images()
         return super().__iter__()
 
@@ -178,7 +198,15 @@ class DataFreeCalibrator(DataLoader):
 
     @property
     def quant_model(self) -> nn.Module:
-        """The quant model: ours, or the one that was given."""
+        """The quant model: ours, or the one that was given; with ``backbone``, the larger model."""
+        return self._larger_model
+
+    @property
+    def quant_backbone(self) -> nn.Module:
+        """What is quantized, from images to one tensor: the quant model, or with ``backbone`` that part of it.
+
+        It is one and the same with the part in :attr:`quant_model`.
+        """
         return self._quant_model
 
     @property
@@ -208,6 +236,7 @@ class DataFreeCalibrator(DataLoader):
 
         Raises:
             SynthesisError: if an image stays non-finite after the configured number of draws.
+            DamagedFileError: if the run directory has lost its images, or they are damaged.
         """
         if self.pool.version > 0:
             return self.pool
@@ -215,6 +244,12 @@ class DataFreeCalibrator(DataLoader):
             self.maker.load(self.run)
             drop_batches(self.run, self.pool.version)
             return self.pool
+        if self.run is not None and has_checkpoint(self.run):
+            # Images made anew would be those of before the refreshes that the tuned model has seen.
+            raise DamagedFileError(
+                f"{self.run.path / 'images.safetensors'} is missing, but the quant model has been tuned on it. Put the file "
+                "back, or start the run again with --overwrite."
+            )
         # Calibration loops iterate under no_grad or in inference mode, whose tensors could not be differentiated.
         with torch.inference_mode(False), torch.no_grad(), self.stage("synthesis"):
             self.maker.fill(self._coupled_snapshot(), self.run)
@@ -231,7 +266,7 @@ class DataFreeCalibrator(DataLoader):
         with self.stage("calibration"):
             batches = list(device_batches(self.pool, self.batch_size or 16, self.device))
             self.equalized, self.range_factors = self._calibrated(self._quant_model, batches)
-        return self._quant_model
+        return self.quant_model
 
     def quantize(
         self,
@@ -289,7 +324,7 @@ class DataFreeCalibrator(DataLoader):
                 self.best_epoch = getattr(work, "best_epoch", self.best_epoch)
         if self.run is not None:
             self.save()
-        return self._quant_model
+        return self.quant_model
 
     def refresh(
         self, *, share: float = 1.0, steps: int | None = None, start: RefreshStart = "images"
@@ -360,14 +395,14 @@ class DataFreeCalibrator(DataLoader):
             raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
         quant_model = self._swapped(self.scheme, {**self.allocated, **self.overrides})
         self._calibrated(quant_model, list(images.to(self.device).split(self.batch_size or 16)))
-        return frozen_snapshot(quant_model, self.geometry.input_size)
+        return self._in_place(frozen_snapshot(quant_model, self.geometry.input_size))
 
     def freeze(self) -> nn.Module:
         """A copy of the quant model for fast inference: weights quantized once, scales fixed, no gradients.
 
         Its outputs equal the quant model's bit for bit; it holds no Brevitas quantizers, so export the quant model.
         """
-        return frozen_snapshot(self._quant_model, self.geometry.input_size)
+        return self._in_place(self._snapshot())
 
     # -- persistence --------------------------------------------------------------------------------------------
 
@@ -381,6 +416,7 @@ class DataFreeCalibrator(DataLoader):
             "synthesis": to_mapping(self.synthesis),
             **({"tuning": _described(self.tuning)} if self.tuning else {}),
             **({} if self._owns_quant_model else {"quant_model": self._given_quant_model}),
+            **({} if self.hosted is None else {"backbone": f"{self.hosted.name} of {type(self.hosted.model).__name__}"}),
             "seed": self.seed,
             "model": type(self.float_model).__name__,
             "weights": fingerprint(self.float_model),
@@ -432,7 +468,7 @@ class DataFreeCalibrator(DataLoader):
         if run.has("quant_model.safetensors"):
             load_quant_state(self._quant_model, run.read_tensors("quant_model.safetensors"))
 
-    def report(self, **extra: Any):
+    def report(self, **extra: Any) -> Report:
         """Figures of this run so far, see :func:`maskaq_brevitas.report.make_report`."""
         from maskaq_brevitas.report import make_report
 
@@ -443,6 +479,13 @@ class DataFreeCalibrator(DataLoader):
         return stage(self.stages, name)
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _in_place(self, network: nn.Module) -> nn.Module:
+        """A quant or frozen model in the larger model, if there is one."""
+        return network if self.hosted is None else self.hosted.host(network)
+
+    def _snapshot(self) -> nn.Module:
+        return frozen_snapshot(self._quant_model, self.geometry.input_size)
 
     def _swapped(self, scheme: Scheme, overrides: Mapping[str, str]) -> nn.Module:
         """A fresh quant model; layers that stay in float were named by the constructor."""
@@ -509,7 +552,7 @@ class DataFreeCalibrator(DataLoader):
         if self.synthesis.align_weight == 0:
             return None
         if is_calibrated(self._quant_model):
-            return self.freeze()
+            return self._snapshot()
         return self._provisional_snapshot([self.maker.warm_up()])
 
     def _provisional_snapshot(self, batches: list[Tensor]) -> nn.Module:
@@ -528,7 +571,7 @@ class DataFreeCalibrator(DataLoader):
     def _tuning_stage(
         self, index: int, config: TuningConfig, optimizer: OptimizerFactory | None
     ) -> DistillStage | ReconstructStage:
-        common = dict(history=self.history, run=self.run, stage=index, bar=self._bar)
+        common: dict[str, Any] = dict(history=self.history, run=self.run, stage=index, bar=self._bar)
         if isinstance(config, ReconstructConfig):
             return ReconstructStage(self._quant_model, self.maker, config, **common)
 
@@ -555,7 +598,9 @@ def _tunings(tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple[Tuni
     Raises:
         ConfigurationError: if one of them is no tuning configuration.
     """
-    found = () if tuning is None else (tuning,) if type(tuning) in _KINDS else tuple(tuning)  # type: ignore[arg-type]
+    if tuning is None:
+        return ()
+    found = (tuning,) if isinstance(tuning, (DistillConfig, ReconstructConfig)) else tuple(tuning)
     for config in found:
         if type(config) not in _KINDS:
             raise ConfigurationError(f"tuning: expected DistillConfig or ReconstructConfig, got {config!r}.")

@@ -51,7 +51,7 @@ def _quiet_dependencies() -> Iterator[None]:
 
     shown: set[str] = set()
 
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
+    def show(message: Warning | str, *_place: object, **_more: object) -> None:
         text = " ".join(str(message).split())
         if text not in shown:  # each model with the same swap warns of the same layers
             print(f"maskaq: warning: {text}", file=sys.stderr)

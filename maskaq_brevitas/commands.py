@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
 from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig, resolve_scheme
@@ -23,12 +22,13 @@ from maskaq_brevitas.errors import (
     MissingExtraError,
     RunDirectoryError,
 )
-from maskaq_brevitas.evaluation import Accuracy, digits_split, evaluate as measure_accuracy, labelled_folder
+from maskaq_brevitas.evaluation import Accuracy, LabelledData, digits_split, evaluate as measure_accuracy, labelled_folder
 from maskaq_brevitas.export import FORMATS, ModelCard, QcdqModel, QonnxCheck, QonnxModel, model_card, write_card
 from maskaq_brevitas.export.finn import write_finn_sample
 from maskaq_brevitas.export.finn_lint import lint_finn as judge_for_finn
 from maskaq_brevitas.export.finn_lint import lint_text
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import known_families
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
@@ -37,7 +37,7 @@ from maskaq_brevitas.progress import bars
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.report import AccuracyRow, Report
 from maskaq_brevitas.report.report import text_table
-from maskaq_brevitas.run_directory import RunDirectory, fingerprint, write_whole
+from maskaq_brevitas.run_directory import RunDirectory, fingerprint
 from maskaq_brevitas.support import check_support, recorded_support, refusals
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.synthesis.memory import auto_batch_size
@@ -53,8 +53,8 @@ _SPLIT_SEED = 2_000_003
 class _Data:
     """Labelled images: what is evaluated on, and what the real-image row is calibrated on; either may be missing."""
 
-    evaluation: Dataset | None
-    calibration: Dataset | None
+    evaluation: LabelledData | None
+    calibration: LabelledData | None
 
 
 def quantize(options: Namespace) -> None:
@@ -296,27 +296,30 @@ def _device(name: str) -> torch.device:
 def _labelled_data(options: Namespace, model: nn.Module) -> _Data:
     """Opens the labelled images that the options name; ``digits_vit`` brings its own."""
     shipped = options.model == SHIPPED_MODEL
-    evaluation: Dataset | None = None
-    calibration: Dataset | None = None
+    evaluation: LabelledData | None = None
+    calibration: LabelledData | None = None
     if options.eval_data is not None:
         evaluation = labelled_folder(options.eval_data, model)
     elif shipped:
-        evaluation = digits_split(False, model)  # type: ignore[assignment]
+        evaluation = digits_split(False, model)
     if options.calibration_data is not None:
         calibration = labelled_folder(options.calibration_data, model)
     elif shipped and options.eval_data is None:
-        calibration = digits_split(True, model)  # type: ignore[assignment]
+        calibration = digits_split(True, model)
     return _Data(evaluation, calibration)
 
 
 def _measured(model: nn.Module, data: _Data, options: Namespace) -> Accuracy:
+    assert data.evaluation is not None  # rows are made only where there are labelled images
     return measure_accuracy(
         model, data.evaluation, batch_size=options.eval_batch_size, limit=options.eval_limit,
         device=options.device, progress=not options.quiet,
     )  # fmt: skip
 
 
-def _row(name: str, model: nn.Module, data: _Data, options: Namespace, calibration_images: int | None = None):
+def _row(
+    name: str, model: nn.Module, data: _Data, options: Namespace, calibration_images: int | None = None
+) -> AccuracyRow:
     found = _measured(model, data, options)
     return AccuracyRow(name=name, top1=found.top1, images=found.images, calibration_images=calibration_images)
 
@@ -433,6 +436,7 @@ def _print_result(
     rows += [
         [f"agrees with float on {name} images", f"{100 * share:.2f} %", f"{len(pool)} images"]
         for (name, share), pool in zip(report.agreement.items(), (calibrator.pool, calibrator.held_back), strict=False)
+        if pool is not None
     ]
     rows.append(["size", f"{cost.bytes_quantized / 1e6:.3f} MB", f"float32: {cost.bytes_float32 / 1e6:.3f} MB"])
     rows.append(["GBOPs per image", f"{cost.bops / 1e9:.3f}", f"float32: {cost.bops_float32 / 1e9:.3f}"])

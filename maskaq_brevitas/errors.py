@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "CompilationWarning",
     "ConfigurationError",
+    "DamagedFileError",
     "DataError",
     "ExportError",
     "InputError",
@@ -20,6 +21,7 @@ __all__ = [
     "SkippedLayerWarning",
     "SynthesisError",
     "TuningError",
+    "WriteError",
 ]
 
 
@@ -61,6 +63,14 @@ class ExportError(MaskAQError, RuntimeError):
 
 class RunDirectoryError(MaskAQError, RuntimeError):
     """A run directory is missing, holds another run, or is damaged."""
+
+
+class DamagedFileError(RunDirectoryError):
+    """A file of a run is missing, cut off, altered, or of another model or configuration; the message names it."""
+
+
+class WriteError(MaskAQError, OSError):
+    """A file cannot be written (disk full, no permission); nothing stands under its name that was not there before."""
 
 
 class MissingExtraError(MaskAQError, ImportError):

@@ -1,10 +1,14 @@
 """Labelled images, and the accuracy of a model on them. They only ever evaluate: nothing is chosen on them."""
 
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from pathlib import PureWindowsPath
+from typing import Any
+from typing import Protocol
+from typing import cast
 
 import timm.data
 import timm.utils
@@ -28,7 +32,7 @@ from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.family import data_config
 from maskaq_brevitas.models.geometry import read_geometry
 
-__all__ = ["Accuracy", "LabelledImages", "digits_images", "digits_split", "evaluate", "labelled_folder"]
+__all__ = ["Accuracy", "LabelledData", "LabelledImages", "digits_images", "digits_split", "evaluate", "labelled_folder"]
 
 DIGITS_SPLIT_SEED = 0
 
@@ -50,14 +54,22 @@ class Accuracy:
     predictions: Tensor = field(repr=False, compare=False)
 
 
-class LabelledImages(Dataset):
+class LabelledData(Protocol):
+    """A map-style data set that gives ``(image, label)``: torch's ``Dataset`` with a length, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Image files with labels; gives ``(image, label)``: normalised float32 (channels x height x width), and an int.
 
     Raises:
         DataError: on access, naming the file, when an image cannot be decoded.
     """
 
-    def __init__(self, files: list[Path], labels: list[int], transform, mode: str = "RGB"):
+    def __init__(self, files: list[Path], labels: list[int], transform: Callable[[Any], Tensor], mode: str = "RGB"):
         self.files = files
         self.labels = labels
         self.transform = transform
@@ -121,7 +133,7 @@ def digits_split(train: bool, model: nn.Module) -> list[tuple[Tensor, int]]:
             f"Use 'digits_vit', or evaluate this model on a folder of its own images."
         )
     images, labels = digits_images(train)
-    return list(zip(geometry.normalize(images), labels.tolist()))
+    return list(zip(geometry.normalize(images), labels.tolist(), strict=True))
 
 
 def labelled_folder(
@@ -144,7 +156,8 @@ def labelled_folder(
     Raises:
         DataError: when the folder or its labels are missing or malformed, an image is missing or broken, a label is
             outside ``[0, num_classes)``, a file lies outside the folder, the number of sub-folders is not that of the
-            classes, or ``resize=False`` and an image has another size than the model's input.
+            classes, the model takes images of other than one or three channels, or ``resize=False`` and an image has another
+            size than the model's input.
         ModelError: when the model is not a Vision Transformer whose input size can be read.
     """
     root = Path(path)
@@ -156,6 +169,11 @@ def labelled_folder(
     files, labels = _read_labels_csv(root, num_classes) if in_table else _read_class_folders(root, num_classes)
     geometry = read_geometry(model)
     channels, height, width = geometry.input_size
+    if channels not in (1, 3):
+        raise DataError(
+            f"Expected a model of grey or colour images, got {type(model).__name__} with {channels} channels, which image files "
+            "do not have. Give evaluate() a Dataset of your own, of normalised images (channels, height, width) and labels."
+        )
     other_sizes = {file: size for file in files if (size := _image_size(file)) != (width, height)}
     if resize is False and other_sizes:
         file, size = next(iter(other_sizes.items()))
@@ -175,7 +193,7 @@ def labelled_folder(
 
 def evaluate(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: LabelledData,
     *,
     batch_size: int = 64,
     limit: int | None = None,
@@ -202,10 +220,12 @@ def evaluate(
     total = len(dataset)
     if total == 0:
         raise InputError("Expected a data set with at least one image, got an empty one.")
+    evaluated = cast(Dataset[Any], dataset)
     if limit is not None and limit < total:
-        dataset = Subset(dataset, [index * total // limit for index in range(limit)])
+        evaluated = Subset(evaluated, [index * total // limit for index in range(limit)])
+        total = limit
     # A generator of its own: a DataLoader without one draws from the caller's random state.
-    loader = DataLoader(dataset, batch_size=batch_size, generator=torch.Generator())
+    loader = DataLoader(evaluated, batch_size=batch_size, generator=torch.Generator())
     parameter = next(model.parameters(), torch.empty(0))
     training = {module: module.training for module in model.modules()}
     correct1 = correct5 = 0
@@ -229,9 +249,8 @@ def evaluate(
         model.to(parameter.device)
         for module, flag in training.items():
             module.training = flag
-    images = len(dataset)
     return Accuracy(
-        top1=100 * correct1 / images, top5=100 * correct5 / images, images=images, predictions=torch.cat(predictions))
+        top1=100 * correct1 / total, top5=100 * correct5 / total, images=total, predictions=torch.cat(predictions))
 
 
 def _read_labels_csv(root: Path, num_classes: int) -> tuple[list[Path], list[int]]:
@@ -296,7 +315,7 @@ def _image_size(file: Path) -> tuple[int, int]:
     """Width and height in pixels; raises DataError when the header of the file is not that of an image."""
     try:
         with Image.open(file) as image:
-            size = image.size
+            size: tuple[int, int] = image.size
             image.verify()
     except Exception as error:  # as in LabelledImages
         raise _broken_image(file, error) from error

@@ -22,7 +22,8 @@ COMMANDS = {
     "quantize": "quantize a model without data: synthesise, calibrate, tune, evaluate, export, report",
     "evaluate": "accuracy of the float and the quantized model of a run, on labelled images",
     "sensitivity": "what each kind of quantizer of a run costs by itself, measured on its synthetic images",
-    "lint-finn": "would FINN map a QONNX file to hardware: node by node, and if not why and what changes that; needs no FINN",
+    "lint-finn": "would FINN map a QONNX file to hardware: node by node, and if not why and what changes that; needs "
+    "no FINN",
     "export": "write the quantized model of a run as a file for other tools, and check the file by executing it",
     "models": "the architecture families that are known, and what works for each",
 }
@@ -118,7 +119,7 @@ def to_yaml(options: argparse.Namespace) -> str:
             continue
         section, _, key = name.rpartition(".")
         (content.setdefault(section, {}) if section else content)[key] = value
-    return yaml.safe_dump(content, sort_keys=False)
+    return str(yaml.safe_dump(content, sort_keys=False))
 
 
 def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
@@ -149,12 +150,12 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
         "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY (one "
         "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to "
         "hardware), or auto")  # fmt: skip
-    add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by layer, "
-        "by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
+    add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by "
+        "layer, by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",
         help="other bits for the layers that a shell pattern matches, e.g. 'blocks.*.mlp.fc2=w4a8'; repeatable")
-    add("--effort", choices=tuple(EFFORTS), default="fast", help="sets the defaults of --images, --steps, --tune, --epochs, "
-        "--refresh-every and --tuning.*: fast only calibrates; default and best distil, for minutes and for about an hour "
+    add("--effort", choices=tuple(EFFORTS), default="fast", help="sets the defaults of --images, --steps, --tune, "
+        "--epochs, --refresh-every and --tuning.*: fast only calibrates; default and best distil, for minutes and for about an hour "
         "on two cores (ViT-Tiny)")  # fmt: skip
     add("--images", type=int, default=64, metavar="N", help="synthetic images")
     add("--steps", type=int, default=SynthesisConfig.steps, metavar="N", help="iterations of synthesis per batch")
@@ -163,8 +164,8 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--tune", choices=("none", "reconstruct", "distill", "reconstruct+distill"), default="none",
-        help="after calibration, on the synthetic images: nothing; block-by-block reconstruction; distillation from the "
-        "float model with refreshed images; or one after the other")
+        help="after calibration, on the synthetic images: nothing; block-by-block reconstruction; distillation from "
+        "the float model with refreshed images; or one after the other")
     add("--epochs", type=int, default=DistillConfig.epochs, metavar="N", help="passes over the images (--tune)")
     add("--refresh-every", type=_optional(int), default=DistillConfig.refresh_every, metavar="N",
         help="epochs between refreshes of the images against the quantized model, or none (--tune)")
@@ -208,16 +209,16 @@ def _effort_values(name: str) -> dict[str, Any]:
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
     _add_evaluation_data(add, parser, "test split")
-    add("--onnx", metavar="FILE", help="an exported file of the run to evaluate as well: QCDQ by ONNX Runtime, QONNX by qonnx "
-        "(seconds per image; limit them with --eval-limit)")  # fmt: skip
+    add("--onnx", metavar="FILE", help="an exported file of the run to evaluate as well: QCDQ by ONNX Runtime, QONNX "
+        "by qonnx (seconds per image; limit them with --eval-limit)")  # fmt: skip
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--quiet", action="store_true", help="no progress; only the final table")
 
 
 def _add_sensitivity(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
     add("run", metavar="RUN", help="folder of a run")
-    add("--by", choices=("kind", "layer", "block"), default="kind", help="what is measured by itself: all quantizers of a "
-        "kind, of a layer or attention module, or of a block")  # fmt: skip
+    add("--by", choices=("kind", "layer", "block"), default="kind", help="what is measured by itself: all quantizers "
+        "of a kind, of a layer or attention module, or of a block")  # fmt: skip
     add("--images", type=int, default=32, metavar="N", help="synthetic images to measure on")
     add("--device", default="cpu", metavar="NAME", help="where the networks run: cpu, cuda, cuda:1 ...")
     add("--quiet", action="store_true", help="no progress; only the final table")
@@ -254,8 +255,8 @@ def _add_file_kind(add: Callable[..., None], group: Any) -> None:
         help="kind of file: qonnx (Brevitas' Quant nodes, with a card of its costs beside it), qcdq (ONNX "
         "QuantizeLinear/DequantizeLinear with integer weights, for ONNX Runtime), finn (see --target), torch-qcdq "
         "(TorchScript with int8 weights), torch-export (torch.export, .pt2)")  # fmt: skip
-    add("--target", group=group, choices=("any", "finn"), default="any", help="finn: scheme finn-wXaY for a scheme wXaY, and "
-        "format finn: a QONNX file whose nodes all have a hardware operator in FINN")  # fmt: skip
+    add("--target", group=group, choices=("any", "finn"), default="any", help="finn: scheme finn-wXaY for a scheme "
+        "wXaY, and format finn: a QONNX file whose nodes all have a hardware operator in FINN")  # fmt: skip
     add("--batch", group=group, choices=("fixed", "dynamic"), default="fixed",
         help="first dimension of the file: 1 image, or any number")
 

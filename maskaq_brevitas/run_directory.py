@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maskaq_brevitas.errors import ConfigurationError, RunDirectoryError
+from maskaq_brevitas.errors import ConfigurationError, DamagedFileError, RunDirectoryError
+from maskaq_brevitas.files import digest, load_json, load_tensors, save_json, save_tensors
 
-__all__ = ["RunDirectory", "fingerprint", "installed_versions", "write_whole"]
+__all__ = ["RunDirectory", "fingerprint", "installed_versions"]
 
 _MANIFEST = "run.json"
 #: What a run writes outside its folder ``state``.
@@ -27,19 +23,6 @@ _FILES = (
     "model.onnx", "model.card.json", "model.qcdq.onnx", "model.qcdq.pt", "model.pt2", "report.json", "report.md", "images.png",
 )  # fmt: skip
 _MODES = ("new", "resume", "overwrite")
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a path aside, flush the file to disk, and give it its final name."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def installed_versions() -> dict[str, str]:
@@ -55,11 +38,7 @@ def installed_versions() -> dict[str, str]:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of all parameters and buffers of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest(model.state_dict())
 
 
 class RunDirectory:
@@ -119,35 +98,40 @@ class RunDirectory:
         manifest = run._read_manifest()
         if manifest is None:
             raise RunDirectoryError(f"{path} holds no run: expected a file {_MANIFEST} in it.")
-        return manifest["identity"]
+        identity: dict[str, Any] = manifest["identity"]
+        return identity
 
     def file(self, name: str) -> Path:
-        """Path of a file of the run; its folder exists afterwards."""
-        path = self.path / name
+        """Path of a file of the run; its folder exists afterwards.
+
+        Raises:
+            RunDirectoryError: if the name, which may come from a file, leads out of the run.
+        """
+        path = self._inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def has(self, name: str) -> bool:
         """Whether a whole file of that name exists."""
-        return (self.path / name).is_file()
+        return self._inside(name).is_file()
 
-    def write_json(self, name: str, content: Any) -> None:
-        """Write JSON; the file appears only when whole."""
-        text = json.dumps(content, indent=2) + "\n"
-        write_whole(self.file(name), lambda aside: aside.write_text(text, encoding="utf-8"))
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write an object as JSON; the file appears only when whole.
 
-    def read_json(self, name: str) -> Any:
+        Raises:
+            WriteError: if the disk is full or refuses the file.
+        """
+        save_json(self.file(name), content)
+
+    def read_json(self, name: str) -> dict[str, Any]:
         """Read JSON of the run.
 
         Raises:
-            RunDirectoryError: if the file is missing or damaged.
+            DamagedFileError: if the file is missing or damaged.
         """
-        try:
-            return json.loads(self.file(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunDirectoryError(f"{self.path / name} cannot be read: {error}.") from error
+        return load_json(self.file(name))
 
-    def claim(self, name: str, content: Any) -> None:
+    def claim(self, name: str, content: Mapping[str, Any]) -> None:
         """Write JSON under ``name``; if it is there already, check that it is the same.
 
         Raises:
@@ -165,37 +149,38 @@ class RunDirectory:
             )
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors as safetensors; the file appears only when whole."""
-        whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        write_whole(self.file(name), lambda aside: save_file(whole, aside))
-
-    def read_tensors(self, name: str) -> dict[str, Tensor]:
-        """Read tensors of the run.
+        """Write tensors as safetensors; the file appears only when whole.
 
         Raises:
-            RunDirectoryError: if the file is missing or damaged.
+            WriteError: if the disk is full or refuses the file.
         """
-        try:
-            return load_file(self.file(name))
-        except (OSError, SafetensorError) as error:
-            raise RunDirectoryError(
-                f"{self.path / name} cannot be read ({error}). Remove it and run again with --resume."
-            ) from error
+        save_tensors(self.file(name), tensors)
+
+    def read_tensors(self, name: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Read tensors of the run; ``like`` gives the names, shapes and dtypes that are expected.
+
+        Raises:
+            DamagedFileError: if the file is missing, damaged, or holds other tensors.
+        """
+        return load_tensors(self.file(name), like)
 
     def remove(self, *names: str) -> None:
         """Remove files of the run that exist."""
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            self._inside(name).unlink(missing_ok=True)
+
+    def _inside(self, name: str) -> Path:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RunDirectoryError(f"Expected the name of a file in {self.path}, got {name!r}, which leads out of it.")
+        return self.path / name
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.path / _MANIFEST
         if not path.is_file():
             return None
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            manifest["identity"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise RunDirectoryError(f"{path} is damaged ({error}); expected the manifest of a run.") from error
+        manifest = load_json(path)
+        if not isinstance(manifest.get("identity"), dict):
+            raise DamagedFileError(f"{path} is damaged: expected the manifest of a run, found no identity in it.")
         return manifest
 
     def _clear(self, present: dict[str, Any] | None) -> None:

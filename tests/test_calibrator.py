@@ -28,6 +28,7 @@ from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SynthesisError
+from maskaq_brevitas.files import load_json, save_json
 from maskaq_brevitas.tuning.calibrate import is_calibrated
 
 FAST = SynthesisConfig(steps=2, warmup_steps=1, batch_size=4, procedural_share=0.0)
@@ -44,7 +45,7 @@ def batches(loader):
 
 
 def equal(one, other):
-    return len(one) == len(other) and all(torch.equal(a, b) for pair in zip(one, other) for a, b in zip(*pair))
+    return len(one) == len(other) and all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
 
 
 def probe(seed=0):
@@ -332,10 +333,10 @@ def test_load_of_a_run_from_before_an_option_of_schemes(tiny_vit, tmp_path):
     calibrator = make(tiny_vit)
     calibrator.calibrate()
     calibrator.save(tmp_path / "run")
-    identity = json.loads((tmp_path / "run" / "run.json").read_text())
-    text = json.dumps(identity)
+    manifest = load_json(tmp_path / "run" / "run.json")
+    text = json.dumps(manifest)
     assert '"patch_tokens": null' in text
-    (tmp_path / "run" / "run.json").write_text(text.replace(', "patch_tokens": null', ""))
+    save_json(tmp_path / "run" / "run.json", json.loads(text.replace(', "patch_tokens": null', "")))
     make(tiny_vit).load(tmp_path / "run")
 
 

@@ -12,6 +12,7 @@ from brevitas.graph.gptq import gptq_mode
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError, ModelError
+from maskaq_brevitas.export import count_quantizers, export_qonnx, verify_qonnx
 from maskaq_brevitas.models.token_choice import token_choice
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
@@ -29,8 +30,8 @@ def make(name, scheme="w4a4", **options):
 
 
 def test_swin_is_reconstructed_across_its_stages():
-    calibrator = make("swin", tuning=ReconstructConfig(steps=20, feature_weight=1.0, informative_weight=2.0, variants=1),
-                      held_back=0)  # fmt: skip
+    tuning = ReconstructConfig(steps=20, feature_weight=1.0, informative_weight=2.0, variants=1)
+    calibrator = make("swin", tuning=tuning, held_back=0)
     calibrator.quantize()
     blocks = [entry for entry in calibrator.history if entry["event"] == "block"]
     assert [entry["block"] for entry in blocks] == [f"layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)]
@@ -82,6 +83,23 @@ def test_images_of_other_channels_and_sides(name, channels):
     assert images.shape[1] == channels and images.shape[2] != images.shape[3]
     assert torch.isfinite(calibrator.calibrate()(images)).all()
     assert calibrator.pool.informative.sum(dim=1).unique().tolist() == [max(1, round(0.1 * calibrator.geometry.patches))]
+
+
+@pytest.mark.parametrize(("name", "kept"), (("vit_wide", 0.5), ("swin_padded", 1.0)))
+def test_whole_runs_on_images_of_other_channels_and_sides(name, kept, tmp_path):
+    """Tuning with every augmentation, report with pictures, export and its check."""
+    synthesis = SynthesisConfig(steps=3, batch_size=4, kept_tokens=kept)
+    common = dict(epochs=1, refresh_every=None, kept_tokens=kept)
+    tuning = [DistillConfig(augment=kind, **common) for kind in ("published", "light", "cutmix")]
+    calibrator = make(name, scheme="w4a8", synthesis=synthesis, tuning=tuning)
+    quant_model = calibrator.quantize()
+    losses = [entry["held_back_loss"] for entry in calibrator.history if "held_back_loss" in entry]
+    assert len(losses) == 6 and all(0 < loss < 5 for loss in losses)
+    calibrator.report().save(tmp_path)
+    assert (tmp_path / "images.png").stat().st_size > 1000
+    shape = calibrator.geometry.input_size
+    assert export_qonnx(quant_model, tmp_path / "model.onnx", input_shape=shape).quant_nodes == count_quantizers(quant_model)
+    assert verify_qonnx(tmp_path / "model.onnx", quant_model, calibrator.held_back.images()[:2]).passed
 
 
 def test_one_mask_for_each_layer_of_a_model_with_stages():

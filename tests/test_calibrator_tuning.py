@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from maskaq_brevitas import files
 from maskaq_brevitas.calibrator import DataFreeCalibrator
 from maskaq_brevitas.config import DistillConfig, SynthesisConfig, resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError, RunDirectoryError
@@ -65,16 +66,10 @@ def states(tmp_path, monkeypatch) -> tuple[dict[str, bytes], list[Path]]:
 
     calibrator = make_calibrator(small_vit(), run_dir=run)
     with monkeypatch.context() as patch:
-        patch.setattr("maskaq_brevitas.run_directory.write_whole", copy_first(_write_whole()))
+        patch.setattr(files, "write_whole", copy_first(files.write_whole))
         patch.setattr(SyntheticImages, "save", copy_first(SyntheticImages.save))
         calibrator.quantize(TUNING)
     return _results(run), copies
-
-
-def _write_whole():
-    from maskaq_brevitas import run_directory
-
-    return run_directory.write_whole
 
 
 @pytest.mark.heavy

@@ -8,7 +8,8 @@ from maskaq_brevitas import errors
 BUILTINS = {
     "ConfigurationError": ValueError, "InputError": ValueError, "ModelError": TypeError, "CheckpointError": ValueError,
     "DataError": ValueError, "SynthesisError": RuntimeError, "TuningError": RuntimeError, "ExportError": RuntimeError,
-    "RunDirectoryError": RuntimeError, "MissingExtraError": ImportError,
+    "RunDirectoryError": RuntimeError, "MissingExtraError": ImportError, "DamagedFileError": RuntimeError,
+    "WriteError": OSError,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maskaq_brevitas.errors import DataError
@@ -145,7 +146,7 @@ def test_labels_csv_in_its_own_order(tmp_path, tiny_vit):
     first, second = picture(tmp_path / "b.png", seed=1), picture(tmp_path / "sub" / "a.png", seed=2)
     dataset = labelled_folder(table(tmp_path, "\ufefffile,label,note\nb.png,7,x\nsub/a.png, 0,y\n"), tiny_vit)
     assert len(dataset) == 2 and dataset.labels == [7, 0]
-    for (image, _), pixels in zip((dataset[0], dataset[1]), (first, second)):
+    for (image, _), pixels in zip((dataset[0], dataset[1]), (first, second), strict=True):
         expected = (pixels.transpose(2, 0, 1) / 255 - 0.5) / 0.5  # nothing is resized: every image fits already
         np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
 
@@ -175,6 +176,14 @@ def test_resize_can_be_asked_for(tmp_path, tiny_vit):
 def test_grey_images_become_rgb(tmp_path, tiny_vit):
     Image.new("L", (32, 32), 255).save(tmp_path / "a.png")
     assert torch.equal(labelled_folder(table(tmp_path, "file,label\na.png,1\n"), tiny_vit)[0][0], torch.ones(3, 32, 32))
+
+
+def test_a_model_of_other_channels_needs_a_dataset(tmp_path):
+    picture(tmp_path / "a.png")
+    table(tmp_path, "file,label\na.png,1\n")
+    model = VisionTransformer(img_size=32, patch_size=8, in_chans=5, embed_dim=16, depth=1, num_heads=2, num_classes=4)
+    with pytest.raises(DataError, match=r"got VisionTransformer with 5 channels, .* Give evaluate\(\) a Dataset"):
+        labelled_folder(tmp_path, model)
 
 
 def test_class_folders_in_natural_order(tmp_path, tiny_vit):

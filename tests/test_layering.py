@@ -10,7 +10,7 @@ import maskaq_brevitas
 ROOT = Path(maskaq_brevitas.__file__).parent
 #: From the ground up.
 LAYERS = (
-    "errors", "config", "progress", "run_directory", "models", "quant", "synthesis", "tuning", "evaluation", "export", "report",
+    "errors", "config", "progress", "files", "run_directory", "models", "quant", "synthesis", "tuning", "evaluation", "export", "report",
     "calibrator", "support", "options", "commands", "cli", "__main__",
 )  # fmt: skip
 
@@ -20,7 +20,7 @@ def layer(path):
 
 
 def imported(path):
-    """Parts of the package that a file imports when it runs, wherever in the file; what only a type checker reads is not."""
+    """Parts of the package that a file imports when it runs, wherever in the file, but not for a type checker."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":

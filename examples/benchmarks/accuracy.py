@@ -33,7 +33,8 @@ from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas import load_model
 from maskaq_brevitas.config import DistillConfig, SynthesisConfig, from_mapping, to_mapping
 from maskaq_brevitas.evaluation import digits_split, evaluate, labelled_folder
-from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions, write_whole
+from maskaq_brevitas.files import write_whole
+from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.scenes import scene_images

@@ -36,7 +36,7 @@ from maskaq_brevitas.commands import _labelled_data, _load_run, _saved_options
 from maskaq_brevitas.export import QcdqModel, QonnxModel, export_qcdq, export_qonnx
 from maskaq_brevitas.export.execute import _execute_node
 from maskaq_brevitas.report.report import text_table
-from maskaq_brevitas.run_directory import write_whole
+from maskaq_brevitas.files import write_whole
 
 _BATCH = 4
 _SUMMING = {"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Gelu"}

@@ -29,7 +29,8 @@ from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.models.geometry import Geometry, read_geometry
 from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
-from maskaq_brevitas.run_directory import installed_versions, write_whole
+from maskaq_brevitas.files import write_whole
+from maskaq_brevitas.run_directory import installed_versions
 from maskaq_brevitas.synthesis.synthesizer import synthesize
 from maskaq_brevitas.tuning.calibrate import calibrate
 

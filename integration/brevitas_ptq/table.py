@@ -24,7 +24,7 @@ from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.evaluation import evaluate
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
-from maskaq_brevitas.run_directory import write_whole
+from maskaq_brevitas.files import write_whole
 
 __all__ = ["ALGORITHMS", "KINDS", "Bench", "CellStore", "markdown"]
 

@@ -20,7 +20,7 @@ __all__ = ["write_reference"]
 
 @torch.no_grad()
 def write_reference(quant_model: nn.Module, images: Tensor, path: Path, cut: Cut = "full") -> None:
-    """Write an ``.npz`` with ``input`` and ``output`` ``(samples, ...)``, and for each quantizer of each sample its levels.
+    """Write an ``.npz`` with ``input`` and ``output`` ``(samples, ...)``, and the levels of each quantizer.
 
     Args:
         quant_model: of a scheme ``finn-wXaY``.

@@ -1,11 +1,9 @@
 """Running Brevitas' ONNX exporters on a copy of the model, and the checks that they do not make."""
 
-import contextlib
 import copy
 import os
 import tempfile
 from collections.abc import Callable
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from maskaq_brevitas.errors import ExportError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.export.capture import Call
 from maskaq_brevitas.export.capture import capture_calls
+from maskaq_brevitas.export.outputs import check_outputs
 from maskaq_brevitas.export.scopes import module_scopes
 from maskaq_brevitas.export.scopes import record_scopes
 
@@ -29,7 +28,6 @@ __all__ = [
     "has_dynamo",
     "last_lines",
     "run_exporter",
-    "whole_file",
 ]
 
 #: Name of the symbolic first dimension of a file that was exported with ``dynamic_batch=True``.
@@ -50,23 +48,6 @@ def enabled_quantizers(model: nn.Module) -> dict[str, nn.Module]:
 def count_quantizers(model: nn.Module) -> int:
     """Number of quantizers of a Brevitas model that are switched on; one shared by several layers counts once."""
     return len(enabled_quantizers(model))
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Path of a temporary file in the target's folder that takes the target's name on success and goes on failure."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes private files (0600); the finished one gets what a plain open() would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def export_copy(quant_model: nn.Module) -> nn.Module:
@@ -120,7 +101,7 @@ def run_exporter(
     exporter: Callable[..., Any],
     title: str,
     model: nn.Module,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     batch: int,
     dynamic: bool,
     dynamo: bool,
@@ -131,12 +112,12 @@ def run_exporter(
     Args:
         exporter: of ``brevitas.export``; it changes the model's export handlers.
         title: of the format, for messages.
-        shape: (channels, height, width) of the images; ``batch`` is their number where it is not ``dynamic``.
+        shape: of one input, ``(channels, height, width)`` for an image; ``batch`` is their number where it is not ``dynamic``.
         dynamo: by way of torch.export; otherwise by TorchScript.
         options: what this exporter takes besides.
 
     Raises:
-        ExportError: the exporter failed, or the model's code fixes a batch that was to be dynamic.
+        ExportError: the model gives no tensors, the exporter failed, or the model's code fixes a batch that was to be dynamic.
     """
     import onnx
 
@@ -146,6 +127,7 @@ def run_exporter(
         options["external_data"] = False
     # torch.export specialises a dynamic dimension of size 1 to a constant, hence two example images.
     example = torch.zeros((2 if dynamic else batch, *shape))
+    check_outputs(model, example)
     if dynamic and dynamo:
         options["dynamic_shapes"] = ({0: torch.export.Dim(BATCH_DIMENSION, min=1, max=65536)},)
     elif dynamic:
@@ -186,7 +168,7 @@ def _check_batch(proto: Any, dynamic: bool) -> None:
 
 
 def check_quantizers(
-    graph: Any, model: nn.Module, shape: tuple[int, int, int], batch: int, *, op_types: tuple[str, ...]
+    graph: Any, model: nn.Module, shape: tuple[int, ...], batch: int, *, op_types: tuple[str, ...]
 ) -> int:
     """Number of nodes of the given types, one of which each quantizer becomes.
 
@@ -223,6 +205,7 @@ def _same(one: list[Call] | None, other: list[Call] | None) -> bool:
     if not one or not other or len(one) != len(other):
         return False
     pairs = list(zip(one, other, strict=True))
-    if any(a.input is None or b.input is None for a, b in pairs):
-        return False
-    return all(torch.equal(a.input, b.input) and torch.equal(a.output, b.output) for a, b in pairs)
+    return all(
+        a.input is not None and b.input is not None and torch.equal(a.input, b.input) and torch.equal(a.output, b.output)
+        for a, b in pairs
+    )

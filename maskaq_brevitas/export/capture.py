@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from maskaq_brevitas.export.outputs import joined
+from maskaq_brevitas.export.outputs import output_tensors
+
 __all__ = ["Call", "capture_calls", "is_leaf"]
 
 
@@ -28,7 +31,8 @@ def capture_calls(
         select: says whether a module is watched.
 
     Returns:
-        The model's output, and for each watched module that was called its calls in order, by module name.
+        The model's output, several tensors as one (:func:`~maskaq_brevitas.export.outputs.joined`), and for each watched module
+        that was called its calls in order, by module name.
     """
     calls: dict[str, list[Call]] = {}
     handles: list[Any] = []
@@ -46,7 +50,9 @@ def capture_calls(
             if select(module):
                 handles.append(module.register_forward_hook(keep(name)))
         with torch.no_grad():
-            return _plain(model(images)), calls
+            output = model(images)
+            tensors = output_tensors(output) if _plain(output) is None else None
+            return (_plain(output) if tensors is None else joined(tensors)), calls
     finally:
         for handle in handles:
             handle.remove()

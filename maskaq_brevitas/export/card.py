@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.execute import load_for_batch
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.scopes import module_scopes
+from maskaq_brevitas.files import whole_file
 
 __all__ = ["ModelCard", "card_path", "model_card", "write_card"]
 

@@ -17,6 +17,7 @@ from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.export.capture import Call
 from maskaq_brevitas.export.capture import capture_calls
 from maskaq_brevitas.export.capture import is_leaf
+from maskaq_brevitas.export.outputs import joined
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.scopes import module_scopes
@@ -158,13 +159,15 @@ def whole_batches(images: Tensor, batch: int) -> list[Tensor]:
 def execute(graph: Any, images: Tensor) -> Tensor:
     """Logits ``(batch, classes)`` of a qonnx ``ModelWrapper`` for one batch ``(batch, channels, height, width)``.
 
+    Of a graph with several outputs all in one, ``(batch, values)``.
+
     Raises:
         ExportError: the executor failed.
     """
     context = _context(graph, images)
     for node in graph.graph.node:
         _execute_node(graph, node, context)
-    return torch.from_numpy(context[graph.graph.output[0].name])
+    return _outputs(graph, context)
 
 
 def execute_in_step(graph: Any, model: nn.Module, images: Tensor, tolerance: float) -> InStep:
@@ -192,12 +195,12 @@ def execute_in_step(graph: Any, model: nn.Module, images: Tensor, tolerance: flo
             call, source, result, context[node.input[1]], context[node.input[2]], tolerance
         )
         if problem:
-            failure = blame(graph.graph.node, model, images, context, index, problem, tolerance)
-            return InStep(float("nan"), flips, matched, failure)
+            broken = blame(graph.graph.node, model, images, context, index, problem, tolerance)
+            return InStep(float("nan"), flips, matched, broken)
         matched, flips = matched + 1, flips + flipped
         context[node.output[0]] = synchronised
 
-    difference = relative_difference(context[graph.graph.output[0].name], expected.numpy())
+    difference = relative_difference(_outputs(graph, context).numpy(), expected.numpy())
     failure = None
     if not difference <= tolerance:
         problem = f"its result differs by {difference:.3g} of the largest logit"
@@ -205,6 +208,10 @@ def execute_in_step(graph: Any, model: nn.Module, images: Tensor, tolerance: flo
             problem += " (no quantizer of the file could be matched with the model's)"
         failure = blame(graph.graph.node, model, images, context, len(graph.graph.node) - 1, problem, tolerance)
     return InStep(difference, flips, matched, failure)
+
+
+def _outputs(graph: Any, context: Context) -> Tensor:
+    return joined([torch.from_numpy(context[value.name]) for value in graph.graph.output])
 
 
 def _context(graph: Any, images: Tensor) -> Context:

@@ -24,6 +24,7 @@ from maskaq_brevitas.export.execute import relative_difference
 from maskaq_brevitas.export.execute import whole_batches
 from maskaq_brevitas.export.integer_weights import along
 from maskaq_brevitas.export.integer_weights import channel_axis
+from maskaq_brevitas.export.outputs import joined
 
 __all__ = ["QcdqModel", "load_qcdq", "qcdq_in_step", "qcdq_session"]
 
@@ -51,8 +52,12 @@ class QcdqModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         name = self.session.get_inputs()[0].name
-        found = [self.session.run(None, {name: chunk.numpy()})[0] for chunk in whole_batches(images, self.batch)]
-        return torch.from_numpy(np.concatenate(found))[: len(images)]
+        found = [_outputs(self.session.run(None, {name: chunk.numpy()})) for chunk in whole_batches(images, self.batch)]
+        return torch.cat(found)[: len(images)]
+
+
+def _outputs(values: list[NDArray[Any]]) -> Tensor:
+    return joined([torch.from_numpy(value) for value in values])
 
 
 def load_qcdq(path: str | os.PathLike[str], shape: tuple[int, ...]) -> tuple[Any, int]:
@@ -101,7 +106,7 @@ class _Place:
 
     @property
     def result(self) -> str:
-        return self.node.output[0]
+        return str(self.node.output[0])
 
     def turned(self, value: NDArray[Any]) -> NDArray[Any]:
         """A value of PyTorch's in the layout of this place."""
@@ -133,7 +138,7 @@ def _places(graph: Any) -> Iterator[_Place]:
 
 
 def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float) -> InStep:
-    """Execute one batch such that what follows each quantizer starts from PyTorch's values, and compare every quantizer.
+    """Execute one batch such that what follows each quantizer starts from PyTorch's values; compare all of them.
 
     The graph is cut behind each activation quantizer; one run of ONNX Runtime then computes all pieces.
 
@@ -150,16 +155,16 @@ def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float)
 
     expected, calls = capture_calls(model, images, lambda module: isinstance(module, QuantProxyFromInjector))
     modules = dict(model.named_modules())
-    matched: list[tuple[_Place, Call]] = []
+    matched: list[tuple[_Place, Tensor, Tensor]] = []
     for place in _places(proto.graph):
         call = next_call(place.node, calls, modules)
         if call is not None and call.input is not None:
-            matched.append((place, call))
+            matched.append((place, call.input, call.output))
 
-    pieces, feed = _cut(proto, [(place, place.turned(call.output.numpy())) for place, call in matched if place.source])
+    pieces, feed = _cut(proto, [(place, place.turned(given.numpy())) for place, _, given in matched if place.source])
     feed[proto.graph.input[0].name] = images.numpy()
-    logits = proto.graph.output[0].name
-    wanted = {name for place, _ in matched for name in (place.source, place.result) if name} | {logits}
+    outputs = [value.name for value in proto.graph.output]
+    wanted = {name for place, *_ in matched for name in (place.source, place.result) if name} | set(outputs)
     context = _run(pieces, feed, wanted)
 
     def failed(index: int, problem: str) -> InStep:
@@ -168,15 +173,15 @@ def qcdq_in_step(proto: Any, model: nn.Module, images: Tensor, tolerance: float)
         return InStep(float("nan"), flips, len(matched), blame(nodes, model, images, every, index, problem, tolerance))
 
     flips = 0
-    for place, call in matched:
+    for place, taken, given in matched:
         result = context[place.result]
         source = None if place.source is None else place.turned(context[place.source])
-        seen = Call(*(torch.from_numpy(place.turned(tensor.numpy())) for tensor in (call.input, call.output)))
+        seen = Call(*(torch.from_numpy(place.turned(tensor.numpy())) for tensor in (taken, given)))
         problem, _, flipped = compare_quantizer(seen, source, result, *place.parameters(result.ndim), tolerance)
         if problem:
             return failed(place.index, problem)
         flips += flipped
-    difference = relative_difference(context[logits], expected.numpy())
+    difference = relative_difference(_outputs([context[name] for name in outputs]).numpy(), expected.numpy())
     if not difference <= tolerance:
         problem = f"its result differs by {difference:.3g} of the largest logit"
         if not matched:

@@ -19,7 +19,6 @@ from maskaq_brevitas.export.brevitas_onnx import check_quantizers
 from maskaq_brevitas.export.brevitas_onnx import checked_target
 from maskaq_brevitas.export.brevitas_onnx import has_dynamo
 from maskaq_brevitas.export.brevitas_onnx import run_exporter
-from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.finn_form import Cut
 from maskaq_brevitas.export.finn_form import finn_form
 from maskaq_brevitas.export.process import quiet
@@ -28,6 +27,7 @@ from maskaq_brevitas.export.qonnx import QUANT_OPS
 from maskaq_brevitas.export.qonnx import clean_graph
 from maskaq_brevitas.export.verify import QonnxCheck
 from maskaq_brevitas.export.verify import verify_qonnx
+from maskaq_brevitas.files import whole_file
 
 __all__ = ["FINN_OPSET", "FinnFile", "export_finn", "sample_path", "verify_finn", "write_finn_sample"]
 
@@ -126,7 +126,10 @@ def write_finn_sample(
 @torch.no_grad()
 def _given(quant_model: nn.Module, image: Tensor, cut: Cut) -> Tensor:
     """What the graph of a cut takes for an image."""
-    return image if cut == "full" else finn_form(quant_model).stem(image)
+    if cut == "full":
+        return image
+    tokens: Tensor = finn_form(quant_model).get_submodule("stem")(image)
+    return tokens
 
 
 def sample_path(path: str | os.PathLike[str]) -> Path:

@@ -14,7 +14,9 @@ them. What is left is a matter of form, and is done here, on a copy:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from brevitas.inject.enum import ScalingImplType
@@ -23,6 +25,7 @@ from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from brevitas.quant import Int8ActPerTensorFloat
 from brevitas.quant import Int8WeightPerChannelFloat
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer import Block
@@ -33,6 +36,7 @@ from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ExportError
 from maskaq_brevitas.export.brevitas_onnx import export_copy
+from maskaq_brevitas.models.attention import ExplicitAttention
 from maskaq_brevitas.models.families import EXPLICIT_FORMS
 from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.snapshot import integer_bounds
@@ -69,11 +73,15 @@ def finn_form(quant_model: nn.Module, cut: Cut = "full") -> nn.Module:
             f"Expected a model that FINN takes, got one it does not: {'; '.join(problems[:_SHOWN])}{more}. "
             "Quantize with a scheme finn-wXaY (--target finn)."
         )
-    return (_Full(model) if cut == "full" else _Encoder(model)).eval()
+    known = cast(VisionTransformer, model)
+    return (_Full(known) if cut == "full" else _Encoder(known)).eval()
 
 
 class _Norm(nn.Module):
     """A LayerNorm over the last axis whose affine part follows it."""
+
+    ones: Tensor
+    zeros: Tensor
 
     def __init__(self, norm: nn.LayerNorm):
         super().__init__()
@@ -93,17 +101,27 @@ class _Norm(nn.Module):
 class _Attention(nn.Module):
     """Self-attention on ``(1, tokens, dim)`` with three linear layers."""
 
-    def __init__(self, source: nn.Module):
+    input_scale: Tensor
+    q: QuantLinear
+    k: QuantLinear
+    v: QuantLinear
+    query: QuantIdentity
+    key: QuantIdentity
+    value: QuantIdentity
+    probabilities: QuantIdentity
+
+    def __init__(self, source: ExplicitAttention):
         super().__init__()
-        self.heads, self.head_dim = source.num_heads, source.qkv.out_features // (3 * source.num_heads)
-        self.register_buffer("input_scale", source.qkv.input_quant.scale().detach().reshape(()))
-        self.input = _activation(source.qkv.input_quant, scale=1.0)
-        codes, scale = _codes(source.qkv)
-        width, bias = self.heads * self.head_dim, source.qkv.bias
+        qkv: QuantLinear = source.qkv
+        self.heads, self.head_dim = source.num_heads, qkv.out_features // (3 * source.num_heads)
+        self.register_buffer("input_scale", qkv.input_quant.scale().detach().reshape(()))
+        self.input = _activation(qkv.input_quant, scale=1.0)
+        codes, scale = _codes(qkv)
+        width, bias = self.heads * self.head_dim, qkv.bias
         for index, (name, factor) in enumerate((("q", source.scale), ("k", 1.0), ("v", 1.0))):
             rows = slice(index * width, (index + 1) * width)
             part = None if bias is None else bias[rows] * factor
-            setattr(self, name, _linear(source.qkv, codes[rows], scale[rows] * factor * self.input_scale, part))
+            setattr(self, name, _linear(qkv, codes[rows], scale[rows] * factor * self.input_scale, part))
         for name in OPERANDS:
             setattr(self, name, _activation(getattr(source, name).act_quant))
         self.softmax = nn.Softmax(dim=-1)
@@ -120,10 +138,21 @@ class _Attention(nn.Module):
         return self.proj(context.permute(1, 0, 2).reshape(1, tokens, self.heads * self.head_dim))
 
 
+class _KnownBlock(Protocol):
+    """What :func:`_block_problems` lets through: timm's ``Block``, its attention written out and its layers quantized."""
+
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    attn: ExplicitAttention
+    mlp: Mlp
+    ls1: nn.Module
+    ls2: nn.Module
+
+
 class _Block(nn.Module):
     """A transformer block on ``(1, tokens, dim)``."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: _KnownBlock):
         super().__init__()
         self.norm1, self.attn, self.ls1 = _Norm(block.norm1), _Attention(block.attn), block.ls1
         self.norm2, self.ls2 = _Norm(block.norm2), block.ls2
@@ -137,10 +166,14 @@ class _Block(nn.Module):
 class _Stem(nn.Module):
     """Image ``(1, channels, height, width)`` -> embedded tokens ``(1, tokens, dim)``."""
 
+    scale: Tensor
+    zeros: Tensor
+    position: Tensor
+
     def __init__(self, model: VisionTransformer):
         super().__init__()
         self.proj = _layer(model.patch_embed.proj)
-        grid = model.patch_embed.norm.act_quant
+        grid: QuantProxyFromInjector = model.patch_embed.norm.act_quant
         self.register_buffer("scale", grid.scale().detach().reshape(()))
         self.register_buffer("zeros", torch.zeros(1, model.num_prefix_tokens, model.embed_dim))
         # FINN joins streams of one integer type only, so both operands get a quantizer of scale 1.
@@ -159,7 +192,7 @@ class _Encoder(nn.Module):
 
     def __init__(self, model: VisionTransformer):
         super().__init__()
-        self.blocks = nn.Sequential(*(_Block(block) for block in model.blocks))
+        self.blocks = nn.Sequential(*(_Block(block) for block in cast(Iterable[_KnownBlock], model.blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
@@ -191,7 +224,7 @@ def _position(model: VisionTransformer) -> Tensor:
     return tokens + F.pad(model.pos_embed, (0, 0, missing, 0))
 
 
-def _codes(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _codes(layer: QuantLinear | QuantConv2d) -> tuple[Tensor, Tensor]:
     """Integer codes of a weight, and the scale of each output channel, ``(channels, 1 ...)``."""
     weight, scale = layer.quant_weight(), layer.weight_quant.scale()
     weight = getattr(weight, "value", weight).detach()
@@ -199,19 +232,21 @@ def _codes(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return (weight / scale).round(), scale
 
 
-def _layer(layer: nn.Module) -> nn.Module:
+def _layer(layer: QuantLinear | QuantConv2d) -> nn.Module:
     """A quantized layer with its input quantizer in front."""
     return nn.Sequential(_activation(layer.input_quant), _linear(layer, *_codes(layer), layer.bias))
 
 
-def _linear(source: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Module:
+def _linear(
+    source: QuantLinear | QuantConv2d, codes: Tensor, scale: Tensor, bias: Tensor | None
+) -> QuantLinear | QuantConv2d:
     """A Brevitas layer like ``source``, without input quantizer, whose weight is ``codes * scale``, on that very grid."""
     quantizers: dict[str, Any] = dict(
         weight_quant=Int8WeightPerChannelFloat.let(**_grid(source.weight_quant, scale)),
         input_quant=None, bias_quant=None, return_quant_tensor=False, bias=bias is not None,
     )  # fmt: skip
     if isinstance(source, nn.Linear):
-        layer: nn.Module = QuantLinear(codes.shape[1], codes.shape[0], **quantizers)
+        layer = QuantLinear(codes.shape[1], codes.shape[0], **quantizers)
     else:
         layer = QuantConv2d(
             source.in_channels, source.out_channels, source.kernel_size, stride=source.stride, padding=source.padding,
@@ -223,13 +258,13 @@ def _linear(source: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None
     return layer
 
 
-def _activation(proxy: nn.Module, scale: float | None = None) -> QuantIdentity:
+def _activation(proxy: QuantProxyFromInjector, scale: float | None = None) -> QuantIdentity:
     """A quantizer with the codes of ``proxy``, and its scale or another."""
     grid = _grid(proxy, float(proxy.scale()) if scale is None else scale)
     return QuantIdentity(act_quant=Int8ActPerTensorFloat.let(**grid), return_quant_tensor=False)
 
 
-def _grid(proxy: nn.Module, scale: Tensor | float) -> dict[str, Any]:
+def _grid(proxy: QuantProxyFromInjector, scale: Tensor | float) -> dict[str, Any]:
     """Arguments of a Brevitas quantizer with the integers of ``proxy`` and a fixed scale."""
     low, high = integer_bounds(proxy)
     narrow = low == -high
@@ -240,7 +275,7 @@ def _grid(proxy: nn.Module, scale: Tensor | float) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _problems(model: nn.Module, cut: Cut):
+def _problems(model: nn.Module, cut: Cut) -> Iterator[str]:
     """What FINN, or this form, does not take: one text each, with the way round where there is one."""
     if type(model) is not VisionTransformer:  # a subclass computes something else
         yield f"{type(model).__name__} is no timm VisionTransformer"
@@ -261,7 +296,7 @@ def _problems(model: nn.Module, cut: Cut):
             yield from _layer_problems(name, model.get_submodule(name))
 
 
-def _block_problems(block: nn.Module):
+def _block_problems(block: nn.Module) -> Iterator[str]:
     if type(block) is not Block or type(block.attn) is not EXPLICIT_FORMS[Attention] or type(block.mlp) is not Mlp:
         yield f": {type(block).__name__} with {type(block.attn).__name__} has no form for FINN"
         return
@@ -281,7 +316,7 @@ def _block_problems(block: nn.Module):
         yield from _quantizer_problems(f"attn.{part}", getattr(getattr(block.attn, part), "act_quant", None))
 
 
-def _layer_problems(name: str, layer: nn.Module):
+def _layer_problems(name: str, layer: nn.Module) -> Iterator[str]:
     if not isinstance(layer, (QuantLinear, QuantConv2d)):
         yield f"{name}: {type(layer).__name__} is not quantized"
         return
@@ -291,7 +326,7 @@ def _layer_problems(name: str, layer: nn.Module):
         yield f"{name} weight: expected signed integers without zero point"
 
 
-def _quantizer_problems(name: str, proxy: nn.Module | None):
+def _quantizer_problems(name: str, proxy: QuantProxyFromInjector | None) -> Iterator[str]:
     if proxy is None or not proxy.is_quant_enabled:
         yield f"{name}: not quantized"
     elif not proxy.is_signed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -263,15 +264,16 @@ def _between(graph: _Graph, hardware: set[str]) -> tuple[str, ...]:
     )
 
 
-def _graph_problems(graph: _Graph):
+def _graph_problems(graph: _Graph) -> Iterator[str]:
     for value in graph.graph.input:
         shape = graph.shape(value.name)
         if not shape or shape[0] != 1:
-            yield f"the batch of {value.name} is {shape[0] if shape else 'unknown'}, and has to be 1: export with --target finn"
+            batch = shape[0] if shape else "unknown"
+            yield f"the batch of {value.name} is {batch}, and has to be 1: export with --target finn"
 
 
 def _axis(graph: _Graph, node: Any, default: int) -> int:
-    axis = graph.attribute(node, "axis", default)
+    axis: int = graph.attribute(node, "axis", default)
     return axis + len(graph.shape(node.input[0])) if axis < 0 else axis
 
 

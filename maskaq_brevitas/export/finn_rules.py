@@ -46,8 +46,8 @@ RULES = (
     Rule(("Quant",), "Thresholding", (
         Need("zero_point_is_0", "its zero point is not 0", f"a signed quantizer: {_PROFILE}", "refused"),
         Need("static_width", "its bit width is not a constant", "a quantizer of fixed width", "refused"),
-        Need("rounds_half_even", "rounding mode {rounding_mode} is ignored: it is built as ROUND", "rounding mode ROUND",
-             "wrong"),
+        Need("rounds_half_even", "rounding mode {rounding_mode} is ignored: it is built as ROUND",
+             "rounding mode ROUND", "wrong"),
         Need("at_most_8_bits", "it has more than 8 bits", "FINN's max_multithreshold_bit_width, or 8 bits or fewer"),
         Need("one_scale_axis", "its scale varies over several axes", "one scale per tensor, or per channel", "refused"),
     )),
@@ -72,7 +72,8 @@ RULES = (
              "wrong"),
     )),
     Rule(("Softmax",), "HWSoftmax", (
-        Need("works_on_last_axis", "it is built for the last axis whatever its axis", "softmax over the last axis", "wrong"),
+        Need("works_on_last_axis", "it is built for the last axis whatever its axis",
+             "softmax over the last axis", "wrong"),
     )),
     Rule(("Gelu",), "PWPolyF", (
         Need("plain_gelu", "its approximation is ignored", "GELU without approximation", "wrong"),
@@ -91,13 +92,15 @@ RULES = (
         Need("integer_data", "what it splits does not come from a quantizer", "a quantizer in front of the split"),
     )),
     Rule(("Concat",), "Pad1D or StreamingConcat", (
-        Need("pads_tokens_or_joins_channels", "it neither puts constant tokens beside streamed ones (axis 1, batch 1) nor "
-             "joins channels", "the class token as a constant: --target finn, or the cut 'encoder'"),
+        Need("pads_tokens_or_joins_channels",
+             "it neither puts constant tokens beside streamed ones (axis 1, batch 1) nor joins channels",
+             "the class token as a constant: --target finn, or the cut 'encoder'"),
         Need("one_integer_grid", "its operands are not on one integer grid of scale 1",
              "quantizers of scale 1 on all operands: --target finn, or the cut 'encoder'"),
     )),
     Rule(("Gather",), "SelectToken or Crop", (
-        Need("picks_constant_tokens", "it does not pick constant, consecutive tokens of one image", "x[:, 0] of a batch of 1"),
+        Need("picks_constant_tokens", "it does not pick constant, consecutive tokens of one image",
+             "x[:, 0] of a batch of 1"),
     )),
     Rule(("Identity",), "nothing"),
 )  # fmt: skip

@@ -68,7 +68,8 @@ def _quantize(constants: Constants, node: Any) -> NDArray[Any]:
     limits = np.iinfo(zero_point.dtype)
     scale, offset = (along(part, channel_axis(node), value.ndim) for part in (scale, zero_point))
     codes = np.rint(value / scale) + offset.astype(np.float32)
-    return np.clip(codes, limits.min, limits.max).astype(zero_point.dtype)
+    clipped: NDArray[Any] = np.clip(codes, limits.min, limits.max).astype(zero_point.dtype)
+    return clipped
 
 
 def along(values: NDArray[Any], axis: int, dimensions: int) -> NDArray[Any]:
@@ -134,7 +135,8 @@ def _packed(codes: NDArray[Any]) -> NDArray[Any]:
     """4-bit codes two in a byte, the first in the lower half, as ONNX stores them."""
     nibbles = codes.flatten().view(np.uint8) & 0xF
     pairs = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8)).reshape(-1, 2)
-    return pairs[:, 0] | pairs[:, 1] << 4
+    packed: NDArray[Any] = pairs[:, 0] | pairs[:, 1] << 4
+    return packed
 
 
 def _drop_unused(graph: Any) -> None:

@@ -14,11 +14,11 @@ from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import has_dynamo
 from maskaq_brevitas.export.brevitas_onnx import last_lines
 from maskaq_brevitas.export.brevitas_onnx import run_exporter
-from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.integer_weights import INT4_OPSET
 from maskaq_brevitas.export.integer_weights import store_integer_weights
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.files import whole_file
 
 __all__ = ["QcdqFile", "export_qcdq"]
 
@@ -106,7 +106,7 @@ def export_qcdq(
         int8_weights=weights.int8,
         int4_weights=weights.int4,
         bytes=target.stat().st_size,
-        input_shape=tuple(input_shape),
+        input_shape=(*input_shape,),
         dynamic_batch=dynamic_batch,
     )
 
@@ -144,8 +144,9 @@ def turn_codes(graph: Any) -> None:
     swapped = {}
     for turn in graph.node:
         back = writers.get(turn.input[0]) if turn.op_type == "Transpose" else None
-        per_tensor = back is not None and not any(attribute.name == "axis" for attribute in back.attribute)
-        if per_tensor and back.op_type == "DequantizeLinear" and readers[back.output[0]] == 1:
+        if back is None or any(attribute.name == "axis" for attribute in back.attribute):
+            continue
+        if back.op_type == "DequantizeLinear" and readers[back.output[0]] == 1:
             codes, values, turned = back.input[0], back.output[0], turn.output[0]
             turn.input[0], turn.output[0] = codes, values
             back.input[0], back.output[0] = values, turned

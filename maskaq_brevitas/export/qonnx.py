@@ -15,9 +15,9 @@ from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import has_dynamo
 from maskaq_brevitas.export.brevitas_onnx import last_lines
 from maskaq_brevitas.export.brevitas_onnx import run_exporter
-from maskaq_brevitas.export.brevitas_onnx import whole_file
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
+from maskaq_brevitas.files import whole_file
 
 __all__ = ["QUANT_OPS", "QonnxFile", "clean_graph", "export_qonnx"]
 
@@ -91,7 +91,7 @@ def export_qonnx(
         opset=wrapper.get_opset_imports()[""],
         quant_nodes=quant_nodes,
         bytes=target.stat().st_size,
-        input_shape=tuple(input_shape),
+        input_shape=(*input_shape,),
         dynamic_batch=dynamic_batch,
     )
 

@@ -16,8 +16,9 @@ from maskaq_brevitas.export.brevitas_onnx import checked_target
 from maskaq_brevitas.export.brevitas_onnx import enabled_quantizers
 from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import last_lines
-from maskaq_brevitas.export.brevitas_onnx import whole_file
+from maskaq_brevitas.export.outputs import check_outputs
 from maskaq_brevitas.export.process import quiet
+from maskaq_brevitas.files import whole_file
 
 __all__ = ["TorchFile", "export_torch_program", "export_torch_qcdq", "load_torch_file"]
 
@@ -148,9 +149,11 @@ def _export(
     target = checked_target(quant_model, path, input_shape, dynamic_batch, batch_size)
     # torch.export specialises a dynamic dimension of size 1 to a constant, hence two example images.
     example = torch.zeros((2 if dynamic_batch else batch_size, *input_shape))
+    model = export_copy(quant_model)
+    check_outputs(model, example)
     try:
         with quiet(), torch.no_grad():
-            artefact, found = build(export_copy(quant_model), example)
+            artefact, found = build(model, example)
     except Exception as error:
         advice = "Try dynamic_batch=False." if dynamic_batch else "Check that the model runs on an input of this shape."
         raise ExportError(
@@ -170,7 +173,7 @@ def _export(
         path=target,
         quantizers=found,
         bytes=target.stat().st_size,
-        input_shape=tuple(input_shape),
+        input_shape=(*input_shape,),
         dynamic_batch=dynamic_batch,
     )
 
@@ -178,5 +181,6 @@ def _export(
 def load_torch_file(path: str | os.PathLike[str], kind: str) -> Callable[[Tensor], Tensor]:
     """The function that a file computes; ``kind`` is ``"torch-qcdq"`` or ``"torch-export"``."""
     if kind == "torch-qcdq":
-        return torch.jit.load(os.fspath(path))
+        script: Callable[[Tensor], Tensor] = torch.jit.load(os.fspath(path))
+        return script
     return torch.export.load(os.fspath(path)).module()

@@ -34,6 +34,8 @@ from maskaq_brevitas.export.execute import whole_batches
 from maskaq_brevitas.export.execute_qcdq import load_qcdq
 from maskaq_brevitas.export.execute_qcdq import qcdq_in_step
 from maskaq_brevitas.export.execute_qcdq import qcdq_session
+from maskaq_brevitas.export.outputs import joined
+from maskaq_brevitas.export.outputs import output_tensors
 from maskaq_brevitas.export.process import quiet
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.export.torch_formats import load_torch_file
@@ -52,7 +54,8 @@ class QonnxCheck:
         images: number of images compared.
         max_abs_difference: largest absolute difference of a logit, file run on its own.
         relative_difference: the same, divided by the largest absolute logit.
-        top1_agreement: share of images with equal top-1 class, 0-1.
+        top1_agreement: share of images with equal top-1 class, 0-1; of pixels, where the model classifies those; of several
+            outputs, share of images whose largest value is at the same place.
         in_step_difference: relative difference of the logits with the quantizers in step; None if not passed.
         rounding_flips: activations that fell on the other side of a rounding tie, while in step.
         passed: whether the file computes what the model computes, up to float rounding.
@@ -143,7 +146,7 @@ def verify_qcdq(
         name = session.get_inputs()[0].name
         return _verify(
             path, quant_model, images, batch, tolerance, raise_on_mismatch,
-            run=lambda chunk: torch.from_numpy(session.run(None, {name: chunk.numpy()})[0]),
+            run=lambda chunk: joined([torch.from_numpy(value) for value in session.run(None, {name: chunk.numpy()})]),
             run_in_step=lambda model, chunk: qcdq_in_step(proto, model, chunk, tolerance),
         )  # fmt: skip
 
@@ -184,12 +187,12 @@ def verify_torch_file(
             ) from error
         # A file with a fixed batch is taken to be for one image, as the command line exports it.
         try:
-            run(images[:2])
+            run(images[:1].repeat(2, 1, 1, 1))
             batch = DYNAMIC_BATCH
         except Exception:  # noqa: BLE001 - whatever the file's own check of its input raises
             batch = 1
         try:
-            found = torch.cat([run(chunk) for chunk in whole_batches(images, batch)])[: len(images)]
+            found = torch.cat([joined(output_tensors(run(chunk))) for chunk in whole_batches(images, batch)])[: len(images)]
         except Exception as error:
             raise ExportError(
                 f"{os.fspath(path)} could not be executed on images {tuple(images.shape)}: {type(error).__name__}: "
@@ -289,8 +292,11 @@ def _conclude(
 def _logits(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     # The same batches as the file: float sums depend on them, and each difference is a chance for a flip.
     outputs = [capture_calls(model, chunk, lambda module: False)[0] for chunk in whole_batches(images, batch)]
-    if not all(isinstance(output, Tensor) and output.ndim == 2 for output in outputs):
-        raise InputError("quant_model: expected logits (batch, classes) as its output, got something else.")
+    if not all(isinstance(output, Tensor) and output.ndim >= 2 for output in outputs):
+        raise InputError(
+            "quant_model: expected one tensor (batch, classes) or (batch, channels, height, width) as its output, or several; "
+            "got something else."
+        )
     return torch.cat(outputs)[: len(images)]
 
 

@@ -7,7 +7,7 @@ hooks these modules; the quantized twin of :mod:`maskaq_brevitas.quant.attention
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class ChannelAffine(nn.Module):
     multiplier: Tensor
     offset: Tensor
 
-    def __init__(self, channels: int, **factory):
+    def __init__(self, channels: int, **factory: Any):
         super().__init__()
         self.register_buffer("multiplier", torch.ones(channels, **factory))
         self.register_buffer("offset", torch.zeros(channels, **factory))
@@ -62,7 +62,7 @@ class Tap(nn.Module):
             self._tell(x)
         return x
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _tell(self, x: Tensor) -> None:
         for listener in self.listeners:
             listener.append(x)
@@ -92,7 +92,7 @@ class ExplicitAttention(nn.Module):
 
     def __init__(self, source: nn.Module, num_heads: int | None = None):
         super().__init__()
-        self.num_heads: int = source.num_heads if num_heads is None else num_heads
+        self.num_heads = cast(int, source.num_heads) if num_heads is None else num_heads
         self.training = source.training
 
     def add_places(self, attn_drop: nn.Module | None = None) -> None:
@@ -157,13 +157,13 @@ def additive_mask(mask: Tensor | None, is_causal: bool, like: Tensor) -> Tensor 
     return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
 
 
-def joined_linear(weight: nn.Parameter, *biases: Tensor) -> nn.Linear:
+def joined_linear(weight: Tensor, *biases: Tensor) -> nn.Linear:
     """A linear layer of a shared weight and of biases that its owner keeps apart; these are copied."""
     bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=weight.requires_grad)
     return plain_linear(weight, bias)
 
 
-def plain_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer of a weight, ``(out_features, in_features)``, and a bias that exist; they are shared."""
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.out_features, layer.in_features = weight.shape

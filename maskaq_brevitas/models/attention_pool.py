@@ -1,8 +1,9 @@
-"""timm's AttentionPoolLatent: learned queries that gather an image's tokens (SigLIP, SO-ViT, EVA with attention pooling)."""
+"""timm's AttentionPoolLatent: learned queries that gather an image's tokens (SigLIP, SO-ViT, some EVA)."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from timm.layers import AttentionPoolLatent
+from torch import Tensor
 
 from maskaq_brevitas.models.attention import ExplicitAttention
 
@@ -12,7 +13,7 @@ __all__ = ["ExplicitPool"]
 class ExplicitPool(ExplicitAttention):
     """``AttentionPoolLatent``, written out: ``(batch, tokens, dim)`` to ``(batch, dim)``."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: AttentionPoolLatent):
         super().__init__(source)
         self.scale = source.scale
         self.pool: str = source.pool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ def attention_tap(model: nn.Module, *points: TapPoint) -> Iterator[AttentionReco
         try:
             for point in points:
                 for place in places:
-                    tap, listener = place.get_submodule(_PLACES[point]), getattr(record, point)
+                    tap, listener = cast(Tap, place.get_submodule(_PLACES[point])), getattr(record, point)
                     tap.open(listener)
                     opened.append((tap, listener))
             yield record

@@ -6,7 +6,7 @@ from timm.models.beit import Attention
 from timm.models.beit import Beit
 from timm.models.beit import Block
 from timm.models.beit import RelativePositionBias
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskaq_brevitas.models.attention import ExplicitAttention, joined_linear
 from maskaq_brevitas.models.family import Family, block_places
@@ -18,14 +18,16 @@ __all__ = ["BEIT", "ExplicitBeitAttention"]
 class ExplicitBeitAttention(ExplicitAttention):
     """BEiT's ``Attention``, written out: ``(batch, tokens, dim)`` to the same."""
 
-    def __init__(self, source: nn.Module):
+    relative_position_index: Tensor
+
+    def __init__(self, source: Attention):
         super().__init__(source)
         self.scale = source.scale
         self.relative_position_bias_table = source.relative_position_bias_table
         self.register_buffer("relative_position_index", source.relative_position_index, persistent=False)
         self.qkv = source.qkv
         if source.q_bias is not None:
-            self.qkv = joined_linear(source.qkv.weight, source.q_bias, source.k_bias, source.v_bias)
+            self.qkv = joined_linear(source.qkv.weight, source.q_bias, source.get_buffer("k_bias"), source.v_bias)
         self.add_places(source.attn_drop)
         self.proj = source.proj
         self.proj_drop = source.proj_drop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ def bound_arguments(model: nn.Module, image: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _bound(block: nn.Module, inputs: tuple, named: dict[str, Any]) -> Iterator[None]:
+def _bound(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
     handle = block.register_forward_pre_hook(
         lambda _block, given, given_named: ((given[0], *inputs), {**named, **given_named}), with_kwargs=True
     )
@@ -57,12 +57,12 @@ def _bound(block: nn.Module, inputs: tuple, named: dict[str, Any]) -> Iterator[N
 
 
 @torch.no_grad()
-def _block_calls(model: nn.Module, image: Tensor) -> dict[str, tuple[tuple, dict[str, Any], Tensor]]:
+def _block_calls(model: nn.Module, image: Tensor) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
     """Name of each block -> what it was given, by position and by name, and what it gave."""
-    calls: dict[str, tuple[tuple, dict[str, Any], Tensor]] = {}
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
 
-    def noted(name: str):
-        def hook(_block: nn.Module, inputs: tuple, named: dict[str, Any], output: Tensor) -> None:
+    def noted(name: str) -> Callable[..., None]:
+        def hook(_block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             calls[name] = inputs, named, output
 
         return hook
@@ -78,7 +78,7 @@ def _block_calls(model: nn.Module, image: Tensor) -> dict[str, tuple[tuple, dict
     return calls
 
 
-def _check_chain(model: nn.Module, calls: dict[str, tuple[tuple, dict[str, Any], Tensor]]) -> None:
+def _check_chain(model: nn.Module, calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]) -> None:
     names = list(calls)
     passages = block_passages(model)
     for before, name in zip(names, names[1:], strict=False):

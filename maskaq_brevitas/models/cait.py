@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.models.cait import Cait
 from timm.models.cait import ClassAttn
 from timm.models.cait import LayerScaleBlock
@@ -26,7 +28,7 @@ class ExplicitTalkingHeads(ExplicitAttention):
     mixes_probabilities = True
     unsigned_layers = ("proj_w",)
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: TalkingHeadAttn):
         super().__init__(source)
         self.scale = source.scale
         self.qkv = source.qkv
@@ -56,7 +58,7 @@ def _over_heads(layer: nn.Module, maps: Tensor) -> Tensor:
 class ExplicitClassAttention(ExplicitAttention):
     """``ClassAttn``, written out: ``(batch, tokens, dim)`` to the class token's ``(batch, 1, dim)``."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: ClassAttn):
         super().__init__(source)
         self.scale = source.scale
         self.q, self.k, self.v = source.q, source.k, source.v
@@ -69,8 +71,9 @@ class ExplicitClassAttention(ExplicitAttention):
         return self.proj_drop(self.proj(self.attend(q * self.scale, k, v)))
 
 
-def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
-    grid = tuple(model.patch_embed.grid_size)
+def _layouts(model: Cait) -> tuple[AttentionLayout, ...]:
+    embedding: Any = model.patch_embed
+    grid = tuple(embedding.grid_size)
     whole, pooled = AttentionLayout(grid=grid), AttentionLayout(grid=grid, prefix=1, class_token=True, pooling=1)
     return (*[whole] * len(model.blocks), *[pooled] * len(model.blocks_token_only))
 

@@ -22,7 +22,7 @@ __all__ = ["EVA", "ExplicitRopeAttention"]
 class ExplicitRopeAttention(ExplicitAttention):
     """``EvaAttention`` or ``AttentionRope``, written out: ``(batch, tokens, dim)`` to the same."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: EvaAttention | AttentionRope):
         super().__init__(source)
         self.scale = source.scale
         self.num_prefix_tokens: int = source.num_prefix_tokens
@@ -30,7 +30,8 @@ class ExplicitRopeAttention(ExplicitAttention):
         self.groups: int = getattr(source, "num_kv_groups", 1)
         self.qkv = source.qkv
         if getattr(source, "q_bias", None) is not None:
-            self.qkv = joined_linear(source.qkv.weight, source.q_bias, source.k_bias, source.v_bias)
+            biases = source.get_parameter("q_bias"), source.get_buffer("k_bias"), source.get_parameter("v_bias")
+            self.qkv = joined_linear(source.qkv.weight, *biases)
         self.q_proj, self.k_proj, self.v_proj = source.q_proj, source.k_proj, source.v_proj
         self.q_norm = source.q_norm
         self.k_norm = source.k_norm

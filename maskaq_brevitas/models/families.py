@@ -72,7 +72,7 @@ __all__ = [
 FAMILIES: list[Family] = []
 
 #: Foreign attention type -> function that writes one such module out; of all families together.
-EXPLICIT_FORMS: dict[type[nn.Module], Callable[[nn.Module], ExplicitAttention]] = {}
+EXPLICIT_FORMS: dict[type[nn.Module], Callable[[Any], ExplicitAttention]] = {}
 
 #: Modules of models that are known and refused, and why.
 REFUSED: dict[type[nn.Module], str] = {
@@ -237,7 +237,8 @@ def write_out(model: nn.Module) -> None:
             holder = model.get_submodule(parent)
         except AttributeError:  # inside of what was replaced
             continue
-        if getattr(holder, child, None) is module and name:
+        present: Any = getattr(holder, child, None)
+        if present is module and name:
             form = _plain_form(module)
             if form is not module:
                 for alias in [alias for alias, found in model.named_modules(remove_duplicate=False) if found is module]:
@@ -255,7 +256,7 @@ def _plain_form(module: nn.Module) -> nn.Module:
 
 
 def channel_places(model: nn.Module) -> list[ChannelPlace]:
-    """Where a model lets activation ranges be equalised: LayerNorms in front of linear layers, and hidden units of MLPs."""
+    """Where activation ranges can be equalised: LayerNorms in front of linear layers, and hidden units of MLPs."""
     places = []
     for name, module in model.named_modules():
         for family in known_families():
@@ -388,6 +389,8 @@ def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
         ModelError: if the model has no ``norm`` and ``forward_head`` as timm's ViT, or its family says that its blocks do not
             lead to its features.
     """
+    if getattr(model, "intermediates", None) is not None:
+        raise ModelError(f"{type(model).__name__} gives the outputs of several of its blocks; use feature_weight=0.")
     names = block_names(model)
     passages = block_passages(model)
     behind: list[nn.Module] = []

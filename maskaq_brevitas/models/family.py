@@ -131,19 +131,19 @@ class Family:
     name: str
     examples: Mapping[str, Mapping[str, Any]]
     models: tuple[type[nn.Module], ...]
-    attention: Mapping[type[nn.Module], Callable[[nn.Module], ExplicitAttention]]
+    attention: Mapping[type[nn.Module], Callable[[Any], ExplicitAttention]]
     blocks: tuple[type[nn.Module], ...]
-    places: Callable[[str, nn.Module], list[ChannelPlace]]
+    places: Callable[[str, Any], list[ChannelPlace]]
     other_places: tuple[type[nn.Module], ...] = ()
-    rewrites: Mapping[type[nn.Module], Callable[[nn.Module], nn.Module]] = field(default_factory=dict)
+    rewrites: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = field(default_factory=dict)
     prepare: Callable[[nn.Module], None] = _ready
     activated: Callable[[nn.Module], tuple[str, ...]] = _unbounded
     tables: tuple[type[nn.Module], ...] = ()
-    layouts: Callable[[nn.Module], tuple[AttentionLayout, ...]] = _no_layouts
-    grid: Callable[[nn.Module], tuple[int, int]] | None = None
-    input_size: Callable[[nn.Module], tuple[int, int]] | None = None
+    layouts: Callable[[Any], tuple[AttentionLayout, ...]] = _no_layouts
+    grid: Callable[[Any], tuple[int, int]] | None = None
+    input_size: Callable[[Any], tuple[int, int]] | None = None
     prefix: Callable[[nn.Module], int] = _model_prefix
-    passages: Callable[[nn.Module], dict[str, str]] = _no_passages
+    passages: Callable[[Any], dict[str, str]] = _no_passages
     whole_grid: str = ""
     tail: str = ""
     create: Callable[..., nn.Module] = timm.create_model
@@ -180,7 +180,7 @@ def attention_place(name: str, block: nn.Module) -> list[ChannelPlace]:
 def mlp_places(name: str, block: nn.Module, norm: str | None = "norm2", mlp: str = "mlp") -> list[ChannelPlace]:
     """The LayerNorm ``norm`` (None: there is none) in front of an MLP of timm's, and the MLP's hidden units."""
     module = getattr(block, mlp, None)
-    first = {Mlp: ("fc1",), GluMlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x")}.get(type(module))  # type: ignore[call-overload]
+    first = {Mlp: ("fc1",), GluMlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x")}.get(type(module))
     if first is None or not all(isinstance(getattr(module, layer), nn.Linear) for layer in first):
         return []
     places = []
@@ -194,7 +194,7 @@ def mlp_places(name: str, block: nn.Module, norm: str | None = "norm2", mlp: str
     return places
 
 
-def has_affine(norm: nn.Module | None) -> bool:
+def has_affine(norm: object) -> bool:
     """Whether a normalisation has weights and biases that can take a change of channels."""
     return getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ def read_geometry(model: nn.Module) -> Geometry:
     """
     attention_modules(model)
     family = family_of(model)
-    embedding = getattr(model, "patch_embed", None)
+    embedding: Any = getattr(model, "patch_embed", None)
     if family is not None and family.grid is not None:
         grid = family.grid(model)
     elif getattr(embedding, "grid_size", None) is not None:
@@ -112,7 +113,7 @@ def _input_channels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return module.in_channels
-    return int(model.in_chans)
+    return int(cast(int, model.in_chans))
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -103,7 +103,8 @@ def put_taps(model: nn.Module) -> Callable[[], None]:
     Raises:
         ModelError: if the graph has no attention that is known.
     """
-    original, graph = model.graph, copy.deepcopy(model.graph)
+    original: Any = model.graph
+    graph = copy.deepcopy(original)
     modules = dict(model.named_modules(remove_duplicate=False))
     taps = nn.ModuleList()
     for node in list(graph.nodes):
@@ -145,7 +146,7 @@ def graph_taps(model: nn.Module) -> Iterator[list[nn.Module]]:
     Raises:
         ModelError: as :func:`put_taps` does.
     """
-    take_out = (lambda: None) if hasattr(model, _TAPS) else put_taps(model)
+    take_out: Callable[[], None] = (lambda: None) if hasattr(model, _TAPS) else put_taps(model)
     try:
         yield list(getattr(model, _TAPS))
     finally:
@@ -175,7 +176,7 @@ def _pattern(softmax: Any, modules: dict[str, nn.Module]) -> dict[str, Any] | No
     return None
 
 
-def _calls(node: Any, targets: tuple) -> bool:
+def _calls(node: Any, targets: tuple[Any, ...]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in targets
 
 

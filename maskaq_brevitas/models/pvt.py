@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 from timm.models.pvt_v2 import Attention
 from timm.models.pvt_v2 import Block
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
+from timm.models.pvt_v2 import PyramidVisionTransformerStage
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskaq_brevitas.models.attention import ExplicitAttention
 from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, configured_input_size, has_affine
@@ -18,7 +22,7 @@ __all__ = ["PVT", "ExplicitPvtAttention"]
 class ExplicitPvtAttention(ExplicitAttention):
     """PVT v2's ``Attention``, written out: ``(batch, tokens, dim)`` to the same, with fewer keys than tokens."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Attention):
         super().__init__(source)
         self.scale = source.scale
         self.q = source.q
@@ -42,7 +46,7 @@ class ExplicitPvtAttention(ExplicitAttention):
         return self.proj_drop(self.proj(self.attend(q * self.scale, k, v)))
 
 
-def _grids(model: nn.Module) -> list[tuple[int, int]]:
+def _grids(model: PyramidVisionTransformerV2) -> list[tuple[int, int]]:
     """Of each stage: the first embedding strides by four, the others by two, both padded to cover the border."""
     stride, grids = model.patch_embed.proj.stride, []
     rows, columns = (-(-side // step) for side, step in zip(configured_input_size(model), stride, strict=True))
@@ -53,20 +57,21 @@ def _grids(model: nn.Module) -> list[tuple[int, int]]:
     return grids
 
 
-def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
+def _layouts(model: PyramidVisionTransformerV2) -> tuple[AttentionLayout, ...]:
     layouts = []
-    for grid, stage in zip(_grids(model), model.stages, strict=True):
-        for block in stage.blocks:
+    stages = cast(Iterable[PyramidVisionTransformerStage], model.stages)
+    for grid, stage in zip(_grids(model), stages, strict=True):
+        for block in cast(Iterable[Block], stage.blocks):
             keys, attention = grid, block.attn
             if attention.pool is not None:
-                keys = (attention.pool.output_size,) * 2
+                keys = (cast(int, attention.pool.output_size),) * 2
             elif attention.sr is not None:
                 keys = grid[0] // attention.sr.stride[0], grid[1] // attention.sr.stride[1]
             layouts.append(AttentionLayout(grid=keys, query_grid=None if keys == grid else grid))
     return tuple(layouts)
 
 
-def _places(name: str, block: nn.Module) -> list[ChannelPlace]:
+def _places(name: str, block: Block) -> list[ChannelPlace]:
     places = []
     if block.attn.sr is None:  # else a convolution reads norm1, too
         places += attention_place(name, block)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from timm.models.swin_transformer import PatchMerging
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -24,12 +26,14 @@ class ExplicitWindowAttention(ExplicitAttention):
     The bias is looked up in its table in every pass, so the table can be trained.
     """
 
-    def __init__(self, source: nn.Module):
+    relative_position_index: Tensor
+
+    def __init__(self, source: WindowAttention):
         super().__init__(source)
         self.scale = source.scale
         self.window_area: int = source.window_area
         self.relative_position_bias_table = source.relative_position_bias_table
-        self.register_buffer("relative_position_index", source.relative_position_index, persistent=False)
+        self.register_buffer("relative_position_index", source.get_buffer("relative_position_index"), persistent=False)
         self.qkv = source.qkv
         self.add_places(source.attn_drop)
         self.proj = source.proj
@@ -47,12 +51,12 @@ class ExplicitWindowAttention(ExplicitAttention):
 
 
 class FlatPatchMerging(nn.Module):
-    """Swin's ``PatchMerging``: ``(batch, rows, columns, channels)`` to half of both, its linear layer on ``(batch, tokens, ...)``.
+    """Swin's ``PatchMerging``: ``(batch, rows, columns, channels)`` to half of both, its linear layer on three axes.
 
     Brevitas' bias correction and GPTQ compute wrong shapes for a Linear with inputs of four dimensions (0.13.4).
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: PatchMerging):
         super().__init__()
         self.norm = source.norm
         self.reduction = source.reduction
@@ -64,7 +68,7 @@ class FlatPatchMerging(nn.Module):
 
 
 def merged_patches(x: Tensor) -> tuple[Tensor, int, int]:
-    """The channels of each two by two patches in one token, ``(batch, tokens, 4 * channels)``, and the rows and columns."""
+    """The channels of two by two patches in one token, ``(batch, tokens, 4 * channels)``, and the rows and columns."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     batch, height, width, channels = x.shape
     rows, columns = height // 2, width // 2
@@ -73,13 +77,13 @@ def merged_patches(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def window_bias(position: Tensor, mask: Tensor | None) -> Tensor:
-    """Bias of the logits: ``(heads, tokens, tokens)``, or with the mask of each window ``(windows, heads, tokens, tokens)``."""
+    """Bias of the logits: ``(heads, tokens, tokens)``, or with masks of windows ``(windows, heads, tokens, tokens)``."""
     return position if mask is None else position.unsqueeze(0) + mask.unsqueeze(1)
 
 
 def window_layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
     """Of each block, Swin or Swin V2."""
-    blocks = [block for stage in model.layers for block in stage.blocks]
+    blocks = [block for _, stage in _stages(model) for block in stage.blocks]
     return tuple(
         AttentionLayout(
             grid=tuple(block.input_resolution), window=tuple(block.window_size), shift=tuple(block.shift_size)
@@ -91,17 +95,23 @@ def window_layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
 def merging_passages(model: nn.Module) -> dict[str, str]:
     """The first block of each stage, and the patch merging in front of it."""
     return {
-        f"layers.{index}.blocks.0": f"layers.{index}.downsample"
-        for index, stage in enumerate(model.layers)
+        f"{name}.blocks.0": f"{name}.downsample"
+        for name, stage in _stages(model)
         if not isinstance(stage.downsample, nn.Identity)
     }
+
+
+def _stages(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules of the stages; timm's feature extractors hold them under other names than its classifiers."""
+    return [(name, part) for name, part in model.named_modules() if hasattr(part, "blocks") and hasattr(part, "downsample")]
 
 
 def _places(name: str, module: nn.Module) -> list[ChannelPlace]:
     if not isinstance(module, SwinTransformerBlock):
         reduction = (f"{name}.reduction",)
         return [ChannelPlace(f"{name}.norm", None, reduction)] if has_affine(module.norm) else []
-    fits = all(side % part == 0 for side, part in zip(module.input_resolution, module.window_size, strict=True))
+    grid = cast(tuple[int, int], module.input_resolution)
+    fits = all(side % part == 0 for side, part in zip(grid, module.window_size, strict=True))
     # Windows that do not fit are filled up with zeros behind the LayerNorm, and a shifted channel's zero is another.
     return [*(attention_place(name, module) if fits else []), *mlp_places(name, module)]
 

@@ -25,13 +25,13 @@ class ExplicitCosineAttention(ExplicitAttention):
     The position bias comes from a small network of coordinates alone; its output is computed once, and kept as a parameter.
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: WindowAttention):
         super().__init__(source)
         self.logit_scale = source.logit_scale
         self.position_bias = nn.Parameter(_position_bias(source), requires_grad=source.proj.weight.requires_grad)
         self.qkv = source.qkv
         if source.q_bias is not None:
-            self.qkv = joined_linear(source.qkv.weight, source.q_bias, source.k_bias, source.v_bias)
+            self.qkv = joined_linear(source.qkv.weight, source.q_bias, source.get_buffer("k_bias"), source.v_bias)
         self.add_places(source.attn_drop)
         self.proj = source.proj
         self.proj_drop = source.proj_drop
@@ -48,18 +48,18 @@ class ExplicitCosineAttention(ExplicitAttention):
 
 
 @torch.no_grad()
-def _position_bias(source: nn.Module) -> Tensor:
+def _position_bias(source: WindowAttention) -> Tensor:
     """``(heads, tokens, tokens)``."""
     table = source.cpb_mlp(source.relative_coords_table).view(-1, source.num_heads)
     area = source.window_size[0] * source.window_size[1]
-    pairs = table[source.relative_position_index.flatten()].unflatten(0, (area, area))
+    pairs = table[source.get_buffer("relative_position_index").flatten()].unflatten(0, (area, area))
     return 16 * torch.sigmoid(pairs.permute(2, 0, 1).contiguous())
 
 
 class FlatPatchMerging(nn.Module):
     """Swin V2's ``PatchMerging``, its linear layer on ``(batch, tokens, channels)``; see that of Swin."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: PatchMerging):
         super().__init__()
         self.reduction = source.reduction
         self.norm = source.norm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 from timm.models.tiny_vit import Attention
 from timm.models.tiny_vit import MBConv
 from timm.models.tiny_vit import NormMlp
@@ -9,6 +12,7 @@ from timm.models.tiny_vit import PatchEmbed
 from timm.models.tiny_vit import PatchMerging
 from timm.models.tiny_vit import TinyVit
 from timm.models.tiny_vit import TinyVitBlock
+from timm.models.tiny_vit import TinyVitStage
 from torch import Tensor, nn
 
 from maskaq_brevitas.models.attention import ExplicitAttention
@@ -21,12 +25,14 @@ __all__ = ["TINY_VIT", "ExplicitTinyAttention"]
 class ExplicitTinyAttention(ExplicitAttention):
     """TinyViT's ``Attention``, written out: ``(batch * windows, tokens, dim)`` to the same."""
 
-    def __init__(self, source: nn.Module):
+    attention_bias_idxs: Tensor
+
+    def __init__(self, source: Attention):
         super().__init__(source)
         self.scale = source.scale
         self.sizes: list[int] = [source.key_dim, source.key_dim, source.val_dim]
         self.attention_biases = source.attention_biases
-        self.register_buffer("attention_bias_idxs", source.attention_bias_idxs, persistent=False)
+        self.register_buffer("attention_bias_idxs", source.get_buffer("attention_bias_idxs"), persistent=False)
         self.norm = source.norm
         self.qkv = source.qkv
         self.add_places()
@@ -39,7 +45,7 @@ class ExplicitTinyAttention(ExplicitAttention):
         return self.proj(self.attend(q * self.scale, k, v, self.attention_biases[:, self.attention_bias_idxs]))
 
 
-def _grids(model: nn.Module) -> list[tuple[int, int]]:
+def _grids(model: TinyVit) -> list[tuple[int, int]]:
     """Of each stage; every convolution with a stride halves the grid."""
     rows, columns = (-(-side // 4) for side in configured_input_size(model))
     grids = [(rows, columns)]
@@ -49,10 +55,11 @@ def _grids(model: nn.Module) -> list[tuple[int, int]]:
     return grids
 
 
-def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
+def _layouts(model: TinyVit) -> tuple[AttentionLayout, ...]:
+    stages = cast(Iterable[TinyVitStage], model.stages)
     return tuple(
         AttentionLayout(grid=grid, window=(block.window_size, block.window_size))
-        for grid, stage in zip(_grids(model), model.stages, strict=True)
+        for grid, stage in zip(_grids(model), stages, strict=True)
         for block in stage.blocks
         if isinstance(block, TinyVitBlock)
     )

@@ -104,5 +104,5 @@ def draw_tokens(batch: int, patches: int, kept: int, prefix: int, generator: tor
 
 
 def patch_tokens(patches: Tensor, prefix: int) -> Tensor:
-    """Token numbers of all ``prefix`` tokens, then of the numbered ``patches``: ``(batch, n)`` to ``(batch, prefix + n)``."""
+    """Numbers of all ``prefix`` tokens, then of the ``patches`` numbered: ``(batch, n)`` to ``(batch, prefix + n)``."""
     return torch.cat([torch.arange(prefix).expand(len(patches), -1), prefix + patches], dim=1)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 from timm.models.twins import Block
 from timm.models.twins import GlobalSubSampleAttn
 from timm.models.twins import LocallyGroupedAttn
+from timm.models.twins import PatchEmbed
 from timm.models.twins import Twins
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +23,7 @@ __all__ = ["ExplicitGroupedAttention", "ExplicitSubsampledAttention", "TWINS"]
 class ExplicitGroupedAttention(ExplicitAttention):
     """``LocallyGroupedAttn``, written out: ``(batch, tokens, dim)`` to the same, windows inside."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: LocallyGroupedAttn):
         super().__init__(source)
         self.scale = source.scale
         self.ws: int = source.ws
@@ -44,7 +48,7 @@ class ExplicitGroupedAttention(ExplicitAttention):
 class ExplicitSubsampledAttention(ExplicitAttention):
     """``GlobalSubSampleAttn``, written out: ``(batch, tokens, dim)`` to the same, with fewer keys than tokens."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: GlobalSubSampleAttn):
         super().__init__(source)
         self.scale = source.scale
         self.q = source.q
@@ -63,27 +67,30 @@ class ExplicitSubsampledAttention(ExplicitAttention):
         return self.proj_drop(self.proj(self.attend(q * self.scale, k, v)))
 
 
-def _stages(model: nn.Module) -> list[tuple[tuple[int, int], nn.Module]]:
+def _stages(model: Twins) -> list[tuple[tuple[int, int], list[Block]]]:
     """Grid and blocks of each stage."""
-    return [((embed.H, embed.W), blocks) for embed, blocks in zip(model.patch_embeds, model.blocks, strict=True)]
+    embeddings, stages = cast(Iterable[PatchEmbed], model.patch_embeds), cast(Iterable[Iterable[Block]], model.blocks)
+    return [((embed.H, embed.W), list(blocks)) for embed, blocks in zip(embeddings, stages, strict=True)]
 
 
-def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
+def _layouts(model: Twins) -> tuple[AttentionLayout, ...]:
     layouts = []
     for grid, blocks in _stages(model):
         for block in blocks:
-            side = getattr(block.attn, "ws", None)
+            attention: Any = block.attn
+            side = getattr(attention, "ws", None)
             if side is not None:
                 layouts.append(AttentionLayout(grid=grid, window=(side, side)))
             else:
-                stride = 1 if block.attn.sr is None else block.attn.sr.stride[0]
+                stride = 1 if attention.sr is None else attention.sr.stride[0]
                 keys = grid[0] // stride, grid[1] // stride
                 layouts.append(AttentionLayout(grid=keys, query_grid=None if keys == grid else grid))
     return tuple(layouts)
 
 
 def _places(name: str, block: nn.Module) -> list[ChannelPlace]:
-    attention, places = block.attn, mlp_places(name, block)
+    attention: Any = block.attn
+    places = mlp_places(name, block)
     if getattr(attention, "ws", None) is not None:
         # Windows that do not fit are padded behind the LayerNorm; the block does not know its grid.
         return places

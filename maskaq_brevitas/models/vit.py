@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from timm.layers import AttentionPoolLatent
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import ParallelThingsBlock
@@ -21,7 +22,7 @@ __all__ = ["SMALL", "VIT", "ExplicitViTAttention", "plain_layouts"]
 class ExplicitViTAttention(ExplicitAttention):
     """timm's ``Attention``, written out: ``(batch, tokens, dim)`` to the same."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Attention):
         super().__init__(source)
         self.head_dim: int = source.head_dim
         self.scale = source.scale
@@ -45,7 +46,7 @@ class ExplicitViTAttention(ExplicitAttention):
         return self.proj_drop(self.proj(x))
 
 
-def plain_layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
+def plain_layouts(model: VisionTransformer | Eva) -> tuple[AttentionLayout, ...]:
     """Every block sees the whole image; empty (nothing to say) unless the model pools by attention in the end."""
     pool = getattr(model, "attn_pool", None)
     if not isinstance(pool, (AttentionPoolLatent, ExplicitPool)):

@@ -4,6 +4,7 @@ import difflib
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -100,7 +101,7 @@ def _digits_vit(checkpoint: str | Path | None, num_classes: int | None) -> nn.Mo
     }
     in_file = _head_classes(weights, pretrained_cfg)
     pretrained_cfg["num_classes"] = num_classes or in_file or pretrained_cfg["num_classes"]
-    model = VisionTransformer(**{**config["model_args"], "num_classes": pretrained_cfg["num_classes"]})
+    model: Any = VisionTransformer(**{**config["model_args"], "num_classes": pretrained_cfg["num_classes"]})
     model.pretrained_cfg = model.default_cfg = pretrained_cfg
     misfits = _misfits(model.state_dict(), weights)
     if misfits:
@@ -139,7 +140,7 @@ def _other_classes(name: str, classes: int, num_classes: int | None) -> Checkpoi
 def _timm_from_file(name: str, checkpoint: Path, num_classes: int | None) -> nn.Module:
     """Builds a timm model with the weights of a file, through timm's own loading and key conversion."""
     weights = _read(checkpoint)
-    template = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    template: Any = timm.create_model(name, pretrained=False, num_classes=num_classes)  # with its pretrained_cfg
     in_file = _head_classes(weights, template.pretrained_cfg)
     if num_classes is None and in_file not in (None, template.num_classes):
         num_classes = in_file
@@ -151,7 +152,7 @@ def _timm_from_file(name: str, checkpoint: Path, num_classes: int | None) -> nn.
         raise _does_not_fit(str(checkpoint), name, misfits)
     original_cfg = template.pretrained_cfg
     try:
-        model = timm.create_model(
+        model: Any = timm.create_model(
             name,
             pretrained=True,
             num_classes=num_classes,
@@ -215,7 +216,7 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _head_classes(weights: dict[str, Tensor], pretrained_cfg: dict) -> int | None:
+def _head_classes(weights: dict[str, Tensor], pretrained_cfg: dict[str, Any]) -> int | None:
     """Number of classes of the head in the file, or None where the file has no head under the model's name for it."""
     classifier = pretrained_cfg.get("classifier")
     first = classifier[0] if isinstance(classifier, (tuple, list)) else classifier  # DeiT distilled has two heads

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from brevitas.nn import QuantLinear
@@ -27,6 +28,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskaq_brevitas.models.attention import ChannelAffine
 from maskaq_brevitas.models.families import ChannelPlace, channel_places
 from maskaq_brevitas.quant.observe import collect_rows
 
@@ -204,7 +206,7 @@ def _is_applicable(quant_model: nn.Module, place: ChannelPlace) -> bool:
 
 
 def _equalize_place(quant_model: nn.Module, place: ChannelPlace, rows: Tensor) -> EqualizedPlace:
-    layers = [quant_model.get_submodule(name) for name in place.consumers]
+    layers: list[QuantLinear] = [quant_model.get_submodule(name) for name in place.consumers]
     weight = torch.cat([layer.weight for layer in layers]).float()
     weight_bits = int(layers[0].weight_quant.bit_width())
     activation_bits = int(layers[0].input_quant.bit_width())
@@ -256,7 +258,7 @@ def _equalize_place(quant_model: nn.Module, place: ChannelPlace, rows: Tensor) -
 
 def _centre_place(quant_model: nn.Module, place: ChannelPlace, rows: Tensor) -> EqualizedPlace:
     """Shift each channel so that the least error of its own signed grid becomes smallest."""
-    layers = [quant_model.get_submodule(name) for name in place.consumers]
+    layers: list[QuantLinear] = [quant_model.get_submodule(name) for name in place.consumers]
     weight = torch.cat([layer.weight for layer in layers]).float()
     bits = int(layers[0].input_quant.bit_width())
     top = 2 ** (bits - 1) - 1
@@ -360,13 +362,13 @@ def _channel_range(rows: Tensor, below: float, above: float) -> tuple[Tensor, Te
     return ordered[int(low)], ordered[-1 - int(high)]
 
 
-def _apply(quant_model: nn.Module, place: ChannelPlace, layers: list[nn.Module], shift: Tensor, ratio: Tensor) -> None:
+def _apply(quant_model: nn.Module, place: ChannelPlace, layers: list[QuantLinear], shift: Tensor, ratio: Tensor) -> None:
     if place.norm is not None:
-        norm = quant_model.get_submodule(place.norm)
+        norm = cast(nn.LayerNorm, quant_model.get_submodule(place.norm))
         norm.bias.data = (norm.bias.data - shift) / ratio
         norm.weight.data = norm.weight.data / ratio
     else:
-        affine = quant_model.get_submodule(place.slot or "")
+        affine = cast(ChannelAffine, quant_model.get_submodule(place.slot or ""))
         affine.offset = (affine.offset - shift) / ratio
         affine.multiplier = affine.multiplier / ratio
     for layer in layers:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 __all__ = ["ChannelScaledLinear", "TokenLinear"]
 
 
-class TokenLinear(QuantLinear):
+class TokenLinear(QuantLinear):  # type: ignore[misc]  # Brevitas has no types
     """Brevitas' ``QuantLinear``; of an input ``(batch, height, width, channels)`` the places become one axis of tokens.
 
     Brevitas 0.13.4 takes the channels of a linear layer from the wrong axis when its input has four: GPTQ, GPFQ and
@@ -35,6 +35,6 @@ class ChannelScaledLinear(TokenLinear):
     Here nobody asks for it.
     """
 
-    def inner_forward_impl(self, x, quant_weight, quant_bias) -> Tensor:
+    def inner_forward_impl(self, x: Any, quant_weight: Any, quant_bias: Any) -> Tensor:
         plain = [getattr(tensor, "value", tensor) for tensor in (x, quant_weight, quant_bias)]
         return F.linear(*plain)

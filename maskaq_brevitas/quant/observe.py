@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from collections.abc import Callable, Iterable
+from typing import Any
 import torch
 from brevitas.graph.calibrate import quantization_status_manager
 from torch import Tensor, nn
@@ -46,8 +46,8 @@ def collect_rows(
 
     prefix = block_prefix(quant_model)
 
-    def keep(name: str):
-        def hook(_module: nn.Module, inputs: tuple) -> None:
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             samples = kept.setdefault(name, [])
             pick = _drawn_rows(inputs[0].shape, prefix, per_batch, torch.Generator().manual_seed(len(samples)))
             flat = inputs[0].reshape(-1, inputs[0].shape[-1])

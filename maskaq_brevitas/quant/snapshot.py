@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import answer_logits, attention_modules, write_out
 from maskaq_brevitas.models.graph_attention import is_graph_module, put_taps
 
-__all__ = ["FakeQuantize", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
+__all__ = ["FakeQuantize", "FrozenLayer", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
 
 
 class FakeQuantize(nn.Module):
@@ -31,6 +33,9 @@ class FakeQuantize(nn.Module):
     Computes what Brevitas' ``IntQuant`` computes, operation for operation:
     ``(clamp(round(x / scale + zero_point)) - zero_point) * scale``.
     """
+
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, scale: Tensor, zero_point: Tensor, low: float, high: float):
         super().__init__()
@@ -46,7 +51,7 @@ class FakeQuantize(nn.Module):
 
 class _FakeQuantizeFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
         # Scales stay float32 whatever dtype the networks run in.
         level = x.float() / scale
         if zero_point is not None:
@@ -60,15 +65,18 @@ class _FakeQuantizeFunction(torch.autograd.Function):
         return level.mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None, None, None
 
 
-class _FrozenLayer(nn.Module):
+class FrozenLayer(nn.Module):
     """A quantized Linear or Conv2d with its weight already quantized, and its bias, if that is given."""
 
-    def __init__(self, layer: nn.Module, bias: Tensor | None = None):
+    weight: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: QuantWeightBiasInputOutputLayer, bias: Tensor | None = None):
         super().__init__()
         self.input_quant = _fake_quantize(layer.input_quant)
         weight = layer.quant_weight() if layer.weight_quant.is_quant_enabled else layer.weight
@@ -111,7 +119,7 @@ def frozen_snapshot(quant_model: nn.Module, input_size: Sequence[int] | None = N
                 frozen[module] = _fake_quantize(module.act_quant)
             elif module not in frozen:
                 check_layer(name, module, (QuantLinear, QuantConv2d), quantized_bias=module in biases)
-                frozen[module] = _FrozenLayer(module, biases.get(module))
+                frozen[module] = FrozenLayer(module, biases.get(module))
             parent, _, child = name.rpartition(".")
             setattr(snapshot.get_submodule(parent), child, frozen[module])
     return snapshot.eval()
@@ -128,7 +136,7 @@ def _quantized_biases(quant_model: nn.Module, input_size: Sequence[int] | None) 
     if not layers or input_size is None:
         return found
 
-    def note(layer: nn.Module, inputs: tuple) -> None:
+    def note(layer: QuantWeightBiasInputOutputLayer, inputs: tuple[Any, ...]) -> None:
         quant_input = layer.input_quant(layer.unpack_input(inputs[0]))
         bias = layer.bias_quant(layer.bias, quant_input, layer.quant_weight(quant_input))
         found[layer] = getattr(bias, "value", bias).detach().clone()
@@ -162,7 +170,7 @@ def _fake_quantize(proxy: ActQuantProxyFromInjectorBase) -> nn.Module:
     return FakeQuantize(scale, proxy.zero_point(), *integer_bounds(proxy))
 
 
-def integer_bounds(proxy: nn.Module) -> tuple[int, int]:
+def integer_bounds(proxy: QuantProxyFromInjector) -> tuple[int, int]:
     """Lowest and highest code of a Brevitas quantizer."""
     levels, narrow = 2 ** int(proxy.bit_width()), int(bool(proxy.is_narrow_range))
     if proxy.is_signed:
@@ -171,7 +179,11 @@ def integer_bounds(proxy: nn.Module) -> tuple[int, int]:
 
 
 def check_layer(
-    name: str, layer: nn.Module, known: tuple[type[nn.Module], ...], *, quantized_bias: bool = False
+    name: str,
+    layer: QuantWeightBiasInputOutputLayer,
+    known: tuple[type[QuantWeightBiasInputOutputLayer], ...],
+    *,
+    quantized_bias: bool = False,
 ) -> None:
     """Refuse a Brevitas layer that the simple forms here would compute wrongly.
 

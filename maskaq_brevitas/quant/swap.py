@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from brevitas.nn import QuantConv2d
@@ -32,7 +32,7 @@ from maskaq_brevitas.quant.attention import OPERANDS, quantize_operands
 from maskaq_brevitas.quant.linear import ChannelScaledLinear, TokenLinear
 from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weight_quantizer
 
-__all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers"]
+__all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers", "with_layers_outside"]
 
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 
@@ -169,7 +169,9 @@ def swap_layers(
             places.append(QuantizedPlace(name, "tokens", None, bits.activation))
             continue
         kind: ValueKind = "asymmetric" if name in asymmetric else scheme.softmax if name in unsigned else "signed"
-        channels = layer.in_features if name in uneven - asymmetric and scheme.input_scales == "channel" else None
+        channels = None
+        if isinstance(layer, nn.Linear) and name in uneven - asymmetric and scheme.input_scales == "channel":
+            channels = layer.in_features
         _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme, channels))
         title = "linear" if isinstance(layer, nn.Linear) else "convolution"
         places.append(QuantizedPlace(name, title, bits.weight, bits.activation))
@@ -179,6 +181,24 @@ def swap_layers(
         names = "; ".join(f"{layer.name} ({layer.type_name}: {layer.reason})" for layer in skipped)
         warnings.warn(f"Left in float: {names}.", SkippedLayerWarning, stacklevel=2)
     return quant_model.eval(), SwapRecord(tuple(places), skipped)
+
+
+def with_layers_outside(record: SwapRecord, layers: Iterable[tuple[str, nn.Module]], backbone: str) -> SwapRecord:
+    """The record of a backbone's swap, with the layers of the larger model that stay in float.
+
+    Args:
+        layers: by their names in the larger model.
+        backbone: its name in the larger model.
+
+    Warns:
+        SkippedLayerWarning: names these layers.
+    """
+    reason = f"outside of the backbone {backbone!r}"
+    outside = tuple(SkippedLayer(name, type(layer).__name__, reason) for name, layer in layers)
+    if outside:
+        names = ", ".join(f"{layer.name} ({layer.type_name})" for layer in outside)
+        warnings.warn(f"Left in float, {reason}: {names}.", SkippedLayerWarning, stacklevel=3)
+    return replace(record, skipped=(*record.skipped, *outside))
 
 
 def _quantized_layer(
@@ -232,13 +252,13 @@ def _fill_slots(model: nn.Module) -> None:
     """
     for place in channel_places(model):
         for name in place.consumers:
-            layer = model.get_submodule(name)
+            layer = cast(nn.Linear, model.get_submodule(name))
             layer.register_buffer("input_mean", layer.weight.new_zeros(layer.in_features))
             layer.register_buffer("bias_correction", layer.weight.new_zeros(layer.out_features))
             if layer.bias is None:
                 layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
         if place.slot is not None:
-            weight = model.get_submodule(place.consumers[0]).weight
+            weight = cast(nn.Linear, model.get_submodule(place.consumers[0])).weight
             _replace(model, place.slot, ChannelAffine(weight.shape[1], device=weight.device, dtype=weight.dtype))
 
 
@@ -248,7 +268,7 @@ def _classifier_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if any(module is head for head in heads)}
 
 
-def _skipped_layers(model: nn.Module):
+def _skipped_layers(model: nn.Module) -> Iterator[SkippedLayer]:
     """Layers that compute with a weight matrix, or attention matmuls, for which no twin is registered."""
     for name, module in unknown_attention_modules(model):
         yield SkippedLayer(name, type(module).__name__, "attention of an unregistered family, its matmuls stay float")

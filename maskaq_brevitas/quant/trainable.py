@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from brevitas.core.function_wrapper import TensorClampSte
@@ -21,10 +21,12 @@ from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import CompilationWarning, ModelError
+from maskaq_brevitas.models.attention import ChannelAffine
 from maskaq_brevitas.models.families import block_names, channel_places
 from maskaq_brevitas.quant.snapshot import check_layer, integer_bounds
 
@@ -46,7 +48,11 @@ class LearnedQuantize(nn.Module):
         ModelError: if the scale is not one parameter.
     """
 
-    def __init__(self, proxy: nn.Module):
+    value: nn.Parameter
+    zero_point: Tensor | None
+    pivot: Tensor | None
+
+    def __init__(self, proxy: QuantProxyFromInjector):
         super().__init__()
         impls = [part for part in proxy.modules() if isinstance(part, _SCALINGS)]
         scale = proxy.scale()
@@ -92,7 +98,9 @@ class LearnedQuantize(nn.Module):
 class _TrainableLayer(nn.Module):
     """A quantized Linear or Conv2d that shares its parameters with the Brevitas layer."""
 
-    def __init__(self, layer: nn.Module):
+    input_mean: Tensor | None
+
+    def __init__(self, layer: QuantWeightBiasInputOutputLayer):
         super().__init__()
         self.input_quant = _learned(layer.input_quant)
         self.weight_quant = _learned(layer.weight_quant)
@@ -116,6 +124,7 @@ class _TrainableLayer(nn.Module):
 
     def mean_output(self) -> Tensor:
         """What the mean of the inputs gives with the present weight, ``(out_features,)``."""
+        assert self.input_mean is not None  # biases_follow takes no others
         return F.linear(self.input_mean, self.weight_quant(self.weight))
 
 
@@ -151,13 +160,17 @@ def set_pivots(twin: nn.Module, quant_model: nn.Module) -> None:
     """
     for place in channel_places(quant_model):
         layer = twin.get_submodule(place.consumers[0])
-        quantizer = getattr(layer, "input_quant", None)
-        if len(place.consumers) > 1 or not isinstance(quantizer, LearnedQuantize) or quantizer.value.numel() == 1:
+        if len(place.consumers) > 1 or not isinstance(layer, _TrainableLayer):
             continue
+        quantizer = layer.input_quant
+        if not isinstance(quantizer, LearnedQuantize) or quantizer.value.numel() == 1:
+            continue
+        shifted: Tensor
+        point: Tensor | None
         if place.norm is None:
-            shifted = point = twin.get_submodule(place.slot or "").offset
+            shifted = point = cast(ChannelAffine, twin.get_submodule(place.slot or "")).offset
         else:
-            shifted, point = twin.get_submodule(place.norm).bias, layer.input_mean
+            shifted, point = cast(nn.LayerNorm, twin.get_submodule(place.norm)).bias, layer.input_mean
         if point is not None:
             quantizer.pivot = point.detach().clone().reshape(quantizer.shape)
             layer.shifted = (shifted,)  # in a tuple, or it would become a parameter of the layer
@@ -167,11 +180,12 @@ def set_pivots(twin: nn.Module, quant_model: nn.Module) -> None:
 def scales_turn(twin: nn.Module) -> Iterator[None]:
     """Around a change of scales: the shifts of the channels follow (:func:`set_pivots`), and the biases behind them."""
     layers = [part for part in twin.modules() if isinstance(part, _TrainableLayer) and part.shifted]
-    before = [layer.input_quant.value.detach().clone() for layer in layers]
+    quantizers = [cast(LearnedQuantize, layer.input_quant) for layer in layers]
+    before = [quantizer.value.detach().clone() for quantizer in quantizers]
     yield
     with torch.no_grad():
-        for layer, old in zip(layers, before, strict=True):
-            quantizer = layer.input_quant
+        for layer, quantizer, old in zip(layers, quantizers, before, strict=True):
+            assert quantizer.pivot is not None  # set_pivots sets both
             shift = quantizer.pivot.flatten() * (1 - (quantizer.value / old).flatten())
             quantizer.pivot -= shift.reshape(quantizer.shape)
             layer.shifted[0].sub_(shift)
@@ -212,7 +226,7 @@ def compile_blocks(model: nn.Module) -> None:
     """
     for name in block_names(model):
         block = model.get_submodule(name)
-        block.forward = _Compiled(block.forward)  # type: ignore[method-assign]
+        block.forward = _Compiled(block.forward)
 
 
 class _Compiled:
@@ -240,5 +254,5 @@ class _Compiled:
         return self.plain(*inputs, **named)
 
 
-def _learned(proxy: nn.Module) -> nn.Module:
+def _learned(proxy: QuantProxyFromInjector) -> nn.Module:
     return LearnedQuantize(proxy) if proxy.is_quant_enabled else nn.Identity()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from brevitas.nn import QuantIdentity
@@ -167,14 +168,14 @@ def measure_cost(
 
 
 def _activation_powers(
-    quant_model: nn.Module, proxies: dict[str, nn.Module], batches: Iterable[Tensor]
+    quant_model: nn.Module, proxies: dict[str, QuantProxyFromInjector], batches: Iterable[Tensor]
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Sums of ``x^2`` and ``(Q(x) - x)^2`` at every proxy; the width of what reaches the others quantized already."""
     powers: dict[str, list[float]] = {}
     arriving: dict[str, int] = {}
 
-    def note(name: str):
-        def hook(_module: nn.Module, inputs: tuple, output: object) -> None:
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             x = _plain(inputs[0]).double()
             sums = powers.setdefault(name, [0.0, 0.0])
             sums[0] += float(x.square().sum())
@@ -182,8 +183,8 @@ def _activation_powers(
 
         return hook
 
-    def note_width(name: str):
-        def hook(_module: nn.Module, inputs: tuple) -> None:
+    def note_width(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if isinstance(inputs[0], QuantTensor):
                 arriving[name] = int(inputs[0].bit_width)
 
@@ -204,14 +205,14 @@ def _activation_powers(
     return powers, arriving
 
 
-def _plain(value: object) -> Tensor:
+def _plain(value: Any) -> Tensor:
     """The tensor in what a Brevitas proxy takes or gives: a tensor, a QuantTensor, or a tuple that starts with one."""
     while not isinstance(value, Tensor) or hasattr(value, "_fields"):
-        value = value.value if hasattr(value, "value") else value[0]  # type: ignore[union-attr,index]
+        value = value.value if hasattr(value, "value") else value[0]
     return value
 
 
-def _activation_figures(proxy: nn.Module, power: list[float] | None) -> QuantizerFigures:
+def _activation_figures(proxy: QuantProxyFromInjector, power: list[float] | None) -> QuantizerFigures:
     scale, zero_point = proxy.scale(), proxy.zero_point()
     return QuantizerFigures(
         bits=int(proxy.bit_width()),
@@ -221,7 +222,7 @@ def _activation_figures(proxy: nn.Module, power: list[float] | None) -> Quantize
     )
 
 
-def _weight_figures(layer: nn.Module) -> QuantizerFigures | None:
+def _weight_figures(layer: QuantWeightBiasInputOutputLayer) -> QuantizerFigures | None:
     if not layer.weight_quant.is_quant_enabled:
         return None
     quantized = layer.quant_weight()
@@ -259,7 +260,7 @@ def _quantized_bytes(quant_model: nn.Module, by_name: dict[str, PlaceFigures]) -
     inside = [f"{name}." for name, module in quant_model.named_modules() if isinstance(module, QuantProxyFromInjector)]
     total, packed = 0, set()
     for name, place in by_name.items():
-        module = quant_model.get_submodule(name)
+        module: Any = quant_model.get_submodule(name)  # a layer of Brevitas, or a QuantIdentity
         if place.weight is not None:
             packed.add(id(module.weight))
             total += -(-module.weight.numel() * place.weight.bits // 8) + 4 * module.quant_weight().scale.numel()

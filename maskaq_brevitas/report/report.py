@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.cost import multiply_accumulates
+from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.report.figures import (
     Cost,
     PlaceFigures,
@@ -26,7 +28,6 @@ from maskaq_brevitas.report.figures import (
     measure_places,
 )
 from maskaq_brevitas.report.pictures import save_image_grid
-from maskaq_brevitas.run_directory import write_whole
 from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 
@@ -39,6 +40,9 @@ _FLOAT_BY_DESIGN = (
     "LayerNorm, softmax, activation functions, residual additions, biases, position embedding, class token"
 )
 _PICTURES = 16
+
+#: Draws a table from its titles and rows.
+_Table = Callable[[list[str], list[list[Any]]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ class Report:
         shown = pool.pixels[:_PICTURES], pool.labels[:_PICTURES].tolist(), pool.informative[:_PICTURES]
         write_whole(folder / "images.png", lambda aside: save_image_grid(aside, *shown, pool.geometry.grid))
 
-    def _lines(self, table, heading) -> Iterator[str]:
+    def _lines(self, table: _Table, heading: Callable[[str], str]) -> Iterator[str]:
         """The text, section by section, with tables and headings drawn by the functions given."""
         cost, details = self.cost, self.details
         if self.accuracy:
@@ -202,13 +206,15 @@ def make_report(
     macs = multiply_accumulates(calibrator.float_model)
     floating = calibrator.maker.float_snapshot
     pools = {"synthetic": pool, "held-back synthetic": calibrator.held_back}
-    with evaluation_mode(calibrator.quant_model):
-        places = measure_places(calibrator.quant_model, _batches(calibrator, measured), macs)
-        cost = measure_cost(calibrator.float_model, calibrator.quant_model, places, macs)
+    # Inside a larger model figures are of its backbone.
+    quant_model = calibrator.quant_backbone
+    with evaluation_mode(quant_model):
+        places = measure_places(quant_model, _batches(calibrator, measured), macs)
+        cost = measure_cost(calibrator.float_model, quant_model, places, macs)
         try:
-            quantized: nn.Module = calibrator.freeze()
+            quantized: nn.Module = frozen_snapshot(quant_model, calibrator.geometry.input_size)
         except ModelError:  # a quant model of the user's with quantizers that cannot be frozen
-            quantized = calibrator.quant_model
+            quantized = quant_model
         agreement = {
             name: _agreement(floating, quantized, _batches(calibrator, images))
             for name, images in pools.items()
@@ -244,13 +250,14 @@ def make_report(
     )
 
 
-def _card_lines(card: dict[str, Any], table) -> Iterator[str]:
+def _card_lines(card: dict[str, Any], table: _Table) -> Iterator[str]:
     """Costs and data types as qonnx reads them from the file; the totals above are counted on the PyTorch model."""
     yield table(["operands", "MMACs"], [[types, f"{count / 1e6:.3f}"] for types, count in card["macs_by_type"].items()])
     yield ""
     yield f"- {card['macs'] / 1e6:.3f} MMACs, {card['bops'] / 1e9:.3f} GBOPs per image (qonnx.util.inference_cost)"
     yield f"- weights: {card['weights']:,}, {card['weight_bits'] / 8e6:.3f} MB"
-    yield f"- outputs of convolutions and matrix products: {card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    size = f"{card['activations']:,}, {card['activation_bits'] / 8e6:.3f} MB"
+    yield f"- outputs of convolutions and matrix products: {size}"
     yield f"- operators that are not counted: {', '.join(card['uncounted']) or 'none'}"
     counts = Counter(card["tensors"].values())
     yield f"- data types of {len(card['tensors'])} tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -279,6 +286,9 @@ def _origin(calibrator: DataFreeCalibrator) -> str:
 
 
 def _notes(calibrator: DataFreeCalibrator) -> Iterator[str]:
+    if calibrator.hosted is not None:
+        larger = type(calibrator.hosted.model).__name__
+        yield f"figures, and names of layers, are of the backbone {calibrator.hosted.name!r} of {larger} alone"
     if calibrator.swap_record is None:
         yield "the quant model was given: what it leaves in float is not known here, and was not chosen here"
         return

@@ -6,13 +6,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.config import AttentionKind, SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError, MemoryWarning
-from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
+from maskaq_brevitas.models.attention_tap import AttentionRecord, TapPoint, attention_tap
 from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.token_choice import TokenChoice, token_choice
@@ -177,7 +179,7 @@ def _draw(
     reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
     down, right = augment.draw_roll(reach, generator)
     factors, offsets = augment.draw_colours(
-        *images.shape[:2], config.colour_shift * (1 - progress), config.colour_scale, generator
+        len(images), images.shape[1], config.colour_shift * (1 - progress), config.colour_scale, generator
     )
     flipped = config.flip and bool(torch.rand((), generator=generator) < 0.5)
     patches = tokens.places.shape[1]
@@ -212,7 +214,7 @@ def _of_part(
             raise ConfigurationError(
                 f"Nothing shapes the images: {type(both.float_snapshot).__name__} has no classes, and every other weight is 0."
             )
-        objective = sum(weight * term for weight, term in terms.values())
+        objective = reduce(torch.add, (weight * term for weight, term in terms.values()))
         (gradient,) = torch.autograd.grad(objective.sum(), leaves)
         kind = both.config.mask_attention
         seen = received(both.seen_by_float, kind, both.geometry, both.float_snapshot).detach().mean(dim=0)
@@ -266,7 +268,7 @@ def _terms(
     if config.entropy_weight > 0:
         entropy = objectives.entropy_loss(*seen(config.entropy_attention), on_device(draws.entropy_rows), images=len(x))
         terms["entropy"] = config.entropy_weight, entropy
-    if both.quant_snapshot is not None:
+    if both.quant_snapshot is not None and both.seen_by_quant is not None:
         share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
         mask, float_rows = informative(both.seen_by_float, geometry, config, both.float_snapshot, min(1.0, share))
         mask = masks.drop_at_random(mask, config.mask_drop, draws.dropping[..., part, :])
@@ -313,15 +315,15 @@ def _attention(record: AttentionRecord, kind: AttentionKind, geometry: Geometry,
         return record.probabilities
     if kind == "logits":
         return record.logits
-    scales = [module.scale for module in model.modules() if hasattr(module, "logits") and hasattr(module, "scale")]
+    scales: list[Any] = [module.scale for module in model.modules() if hasattr(module, "logits") and hasattr(module, "scale")]
     return [logits / scale for logits, scale in zip(record.logits, scales, strict=True)]
 
 
-def tap_points(config: SynthesisConfig) -> tuple:
+def tap_points(config: SynthesisConfig) -> tuple[TapPoint, ...]:
     kinds = (config.head_attention, config.entropy_attention, config.align_attention, config.mask_attention)
-    points = ["probabilities"] if "probabilities" in kinds else []
+    points: list[TapPoint] = ["probabilities"] if "probabilities" in kinds else []
     return (*points, "logits") if any(kind != "probabilities" for kind in kinds) else tuple(points)
 
 
-def autocast(config: SynthesisConfig, device: torch.device):
+def autocast(config: SynthesisConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")

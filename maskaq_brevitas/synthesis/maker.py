@@ -113,7 +113,7 @@ class PoolMaker:
     def refresh(
         self, quant_model: nn.Module, run: RunDirectory | None, *, count: int, steps: int, start: RefreshStart
     ) -> dict[str, Any]:
-        """Make the ``count`` images that are oldest again, against a calibrated quant model, as the pool's next version.
+        """Make the ``count`` oldest images again, against a calibrated quant model, as the pool's next version.
 
         Images that were drawn and not optimised stay.
 

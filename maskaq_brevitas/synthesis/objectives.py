@@ -168,7 +168,7 @@ def entropy_loss(
 
 
 def feature_alignment_loss(float_features: Tensor, quant_features: Tensor) -> Tensor:
-    """Squared distance of both networks' features, by the power of P's: what stands in for classes where there are none.
+    """Squared distance of both networks' features, by the power of P's: in place of classes where there are none.
 
     Args:
         float_features, quant_features: outputs of P and Q, ``(batch, ...)``.

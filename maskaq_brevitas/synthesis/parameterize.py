@@ -39,7 +39,7 @@ class ImageParameter(ABC):
     def invert(self, images: Tensor) -> Tensor:
         """The value whose images are (nearly) ``images``."""
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 - nothing to do in most
         """Called after each step of the optimiser."""
 
     def put(self, where: Tensor, images: Tensor) -> None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maskaq_brevitas.errors import InputError, RunDirectoryError, SynthesisError
+from maskaq_brevitas.errors import DamagedFileError, InputError, SynthesisError
+from maskaq_brevitas.files import load_tensors, save_tensors
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.run_directory import write_whole
 
 __all__ = ["SyntheticImages", "balanced_labels"]
-
-_TENSORS = ("pixels", "labels", "informative", "made_at")
 
 
 def balanced_labels(count: int, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -30,7 +26,7 @@ def balanced_labels(count: int, num_classes: int, generator: torch.Generator) ->
     return torch.cat(rounds)[:count]
 
 
-class SyntheticImages(Dataset):
+class SyntheticImages(Dataset[tuple[Tensor, int]]):
     """Images as uint8 pixels, with labels and informative regions; yields ``(normalised float image, label)``.
 
     Attributes:
@@ -88,32 +84,29 @@ class SyntheticImages(Dataset):
         self.made_at[indices] = version
 
     def save(self, path: str | Path) -> None:
-        """Write the pool as safetensors; the file appears under its name only when whole."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        # One key only: safetensors writes several in random order, and the same pool must give the same bytes.
-        metadata = {"version": str(self.version)}
-        write_whole(Path(path), lambda aside: save_file(tensors, aside, metadata=metadata))
+        """Write the pool as safetensors; the file appears under its name only when whole.
+
+        Raises:
+            WriteError: if the disk is full or refuses the file.
+        """
+        save_tensors(Path(path), self._tensors())
 
     def load(self, path: str | Path) -> None:
         """Take the images of a saved pool, in place.
 
         Raises:
-            RunDirectoryError: if the file is missing, damaged, or of another number or size of images; the pool then
-                stays as it is.
+            DamagedFileError: if the file is missing, damaged, or of another number or size of images, or a label is no
+                class of the model; the pool then stays as it is.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in _TENSORS}
-                version = int((file.metadata() or {})["version"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise RunDirectoryError(f"{path} is not a readable pool of synthetic images: {error}.") from error
-        for name, tensor in found.items():
-            present = getattr(self, name)
-            if tensor.shape != present.shape or tensor.dtype != present.dtype:
-                raise RunDirectoryError(
-                    f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(present.shape)} "
-                    f"{present.dtype}: it was saved for another model or number of images."
-                )
+        found = load_tensors(Path(path), self._tensors())
+        classes = max(1, self.geometry.num_classes)
+        outside = found["labels"][(found["labels"] < 0) | (found["labels"] >= classes)]
+        if len(outside):
+            raise DamagedFileError(f"{path}: expected labels from 0 to {classes - 1}, got {int(outside[0])}.")
+        self.version = int(found.pop("version"))
         for name, tensor in found.items():
             getattr(self, name).copy_(tensor)
-        self.version = version
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name) for name in ("pixels", "labels", "informative", "made_at")}
+        return {**tensors, "version": torch.tensor(self.version)}

@@ -56,7 +56,7 @@ def synthesize(
     start: Tensor | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], object] | None = None,
 ) -> SynthesizedBatch:
     """Images that the float model sees as ``labels``, with decoupled informative regions, coupled to the quant model.
 
@@ -218,7 +218,7 @@ def _redraw(
     optimizer: torch.optim.Optimizer,
     config: SynthesisConfig,
     generator: torch.Generator,
-    shape: tuple[int, ...],
+    shape: tuple[int, int, int, int],
 ) -> None:
     """Start the ``broken`` images again from noise, with a clean optimiser state and no gradient in this step."""
     draws += broken.long()

@@ -112,7 +112,7 @@ class TexturePainter:
         return cells + self.grain(0.25)
 
     def formula(self) -> Tensor:
-        """A random formula of the coordinates: a network of few units with all kinds of functions (Stanley: CPPN, 2007)."""
+        """A random formula of the coordinates: a network of few units with mixed functions (CPPN, Stanley 2007)."""
         units = int(self.uniform(8, 24))
         inputs = [self.columns, self.rows, torch.hypot(self.columns, self.rows), torch.ones_like(self.rows)]
         if self.chance(0.5):
@@ -150,7 +150,7 @@ class TexturePainter:
         return (self.coloured(2 * image.mean(dim=0)) if self.chance(0.3) else image) + 0.3 * self.normal()
 
     def smooth(self) -> Tensor:
-        """A smooth transition between two colours, straight (mostly upright) or round: skies, walls, bodies out of focus."""
+        """A smooth transition of two colours, straight (mostly upright) or round: skies, walls, bodies out of focus."""
         if self.chance(0.7):
             angle = self.uniform(0, 2 * math.pi)
             if self.chance(0.6):
@@ -163,7 +163,7 @@ class TexturePainter:
         return torch.lerp(first.view(-1, 1, 1), last.view(-1, 1, 1), place) + self.grain(0.1)
 
     def noise(self, exponent: float, count: int = 1) -> Tensor:
-        """Fields with amplitude f^-exponent, sometimes longer in one direction, ``(count, height, width)``; unit variance."""
+        """Fields of amplitude f^-exponent, some longer in one direction, ``(count, height, width)``; unit variance."""
         down = torch.fft.fftfreq(self.height)[:, None]
         across = torch.fft.rfftfreq(self.width)[None]
         if self.chance(0.4):
@@ -193,7 +193,7 @@ class TexturePainter:
         return _sampled(image, across / tilt, down / tilt)
 
     def coloured(self, values: Tensor) -> Tensor:
-        """``values``, about -1 to 1, as colours along a random palette: ``(height, width)`` to ``(channels, height, width)``."""
+        """``values``, about -1 to 1, in colours of a palette: ``(height, width)`` to ``(channels, height, width)``."""
         palette = self.palette(int(self.uniform(2, 6)))
         place = (values * 0.5 * math.exp(0.3 * self.normal()) + 0.5).clamp(0, 1) * (len(palette) - 1)
         before = place.floor().clamp(max=len(palette) - 2).long()

@@ -10,6 +10,7 @@ from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
 from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
 from brevitas.graph.calibrate import calibration_mode
 from brevitas.nn import QuantIdentity
+from brevitas.nn.mixin.base import QuantLayerMixin
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import Tensor, nn
 
@@ -72,16 +73,16 @@ def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
             module.training = mode
 
 
-def returned_quant_tensors(quant_model: nn.Module) -> dict[nn.Module, bool]:
+def returned_quant_tensors(quant_model: nn.Module) -> dict[QuantLayerMixin, bool]:
     """Whether each module that can do so returns a QuantTensor at the moment."""
     return {
-        module: module.return_quant_tensor for module in quant_model.modules() if hasattr(module, "return_quant_tensor")
+        module: bool(module.return_quant_tensor) for module in quant_model.modules() if hasattr(module, "return_quant_tensor")
     }
 
 
 @contextmanager
 def provisional_calibration(
-    quant_model: nn.Module, batches: Iterable[Tensor], returned: Mapping[nn.Module, bool] | None = None
+    quant_model: nn.Module, batches: Iterable[Tensor], returned: Mapping[QuantLayerMixin, bool] | None = None
 ) -> Iterator[nn.Module]:
     """A context in which ``quant_model`` is calibrated on ``batches``; afterwards its quantizers are as they were.
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.errors import DamagedFileError, RunDirectoryError
 from maskaq_brevitas.run_directory import RunDirectory
 
-__all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "has_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _NOTE = "state/tuning.json"
 
@@ -42,11 +42,28 @@ def save_checkpoint(
 ) -> None:
     """Write a :class:`Checkpoint`; it takes the place of the one before."""
     before = run.read_json(_NOTE)["tensors"] if run.has(_NOTE) else None
-    name = f"state/tuning-{stage}-{done:04d}.safetensors"
+    name = _tensor_file(stage, f"{done:04d}")
     run.write_tensors(name, {f"{part}:{key}": value for part, found in tensors.items() for key, value in found.items()})
     run.write_json(_NOTE, {"stage": stage, "done": done, **note, "tensors": name})
     if before not in (None, name):
         run.remove(before)
+
+
+def has_checkpoint(run: RunDirectory) -> bool:
+    """Whether a tuning has begun in the run.
+
+    Raises:
+        DamagedFileError: if it has, and its note is gone.
+    """
+    if run.has(_NOTE):
+        return True
+    # A run may die between its first tensor file and the note.
+    if any(path != run.path / _tensor_file(0, "0000") for path in run.path.glob(_tensor_file("*", "*"))):
+        raise DamagedFileError(
+            f"{run.path / _NOTE} is missing, but a tuning had begun. Put the file back, or start the run again with "
+            "--overwrite."
+        )
+    return False
 
 
 def load_checkpoint(run: RunDirectory) -> Checkpoint | None:
@@ -55,7 +72,7 @@ def load_checkpoint(run: RunDirectory) -> Checkpoint | None:
     Raises:
         RunDirectoryError: if it is damaged.
     """
-    if not run.has(_NOTE):
+    if not has_checkpoint(run):
         return None
     note = run.read_json(_NOTE)
     try:
@@ -68,3 +85,7 @@ def load_checkpoint(run: RunDirectory) -> Checkpoint | None:
         raise RunDirectoryError(
             f"{run.path / _NOTE} is damaged: {error} is missing. Start the run again with --overwrite."
         ) from error
+
+
+def _tensor_file(stage: int | str, done: str) -> str:
+    return f"state/tuning-{stage}-{done}.safetensors"

@@ -116,7 +116,7 @@ class Distiller:
         self,
         batches: Iterable[Tensor],
         generator: torch.Generator,
-        on_step: Callable[[float], None] | None = None,
+        on_step: Callable[[float], object] | None = None,
     ) -> Losses:
         """One pass over ``batches`` of normalised images, ``(batch, channels, height, width)`` each.
 
@@ -163,7 +163,7 @@ class Distiller:
                 f"None of the {skipped} steps of this epoch had a finite loss and gradient. Lower learning_rate and "
                 "scale_learning_rate, set max_gradient_norm, or use precision='float32'."
             )
-        return Losses(*(total / done for total in sums), skipped=skipped)
+        return _mean_losses(sums, done, skipped)
 
     @torch.no_grad()
     def validation_loss(self, batches: Iterable[Tensor]) -> Losses:
@@ -187,7 +187,7 @@ class Distiller:
                 count += len(images)
         if count == 0:
             raise InputError("The validation loss needs at least one image, got none.")
-        return Losses(*(total / count for total in sums))
+        return _mean_losses(sums, count)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Step number and state of the optimiser: tensors by name, and plain values ready for JSON."""
@@ -312,6 +312,11 @@ class Distiller:
                 parameter.requires_grad_(flag)
 
 
+def _mean_losses(sums: list[float], count: int, skipped: int = 0) -> Losses:
+    total, divergence, distance, features = (part / count for part in sums)
+    return Losses(total=total, divergence=divergence, distance=distance, features=features, skipped=skipped)
+
+
 def parameter_groups(
     quant_model: nn.Module, config: DistillConfig
 ) -> tuple[list[dict[str, Any]], list[tuple[nn.Parameter, nn.Parameter]]]:
@@ -336,14 +341,16 @@ def parameter_groups(
             scales[id(module.value)] = module.value
         elif isinstance(module, ParameterFromRuntimeZeroPoint):
             fixed.add(id(module.value))
-    steps = _weight_steps(quant_model) if config.weight_learning_rate is not None else {}
+    rates: dict[nn.Parameter, float] = {}
+    if config.weight_learning_rate is not None:
+        rates = {weight: config.weight_learning_rate * step for weight, step in _weight_steps(quant_model).items()}
     others = [
-        parameter for parameter in quant_model.parameters() if id(parameter) not in {*scales, *fixed, *map(id, steps)}
+        parameter for parameter in quant_model.parameters() if id(parameter) not in {*scales, *fixed, *map(id, rates)}
     ]
     pairs = [(scale, nn.Parameter(torch.zeros_like(scale))) for scale in scales.values()]
     groups: list[dict[str, Any]] = []
     for chosen, rate, decay in (
-        *(([weight], config.weight_learning_rate * step, config.weight_decay) for weight, step in steps.items()),
+        *(([weight], rate, config.weight_decay) for weight, rate in rates.items()),
         ([parameter for parameter in others if parameter.ndim > 1], config.learning_rate, config.weight_decay),
         ([parameter for parameter in others if parameter.ndim < 2], config.learning_rate, 0.0),
         ([logarithm for _, logarithm in pairs], config.scale_learning_rate, 0.0),

@@ -154,14 +154,14 @@ class DistillStage:
         return loss if math.isfinite(loss) else math.inf
 
     def _shuffled(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Batches of an epoch: the pool in a new order, as often as needed; of the images drawn for this, as many again."""
+        """Batches of an epoch: the pool in a new order, as often as needed; as many again of the images drawn for this."""
         pool, size = self.maker.pool, self.config.batch_size
         ours = size if self.drawn is None else max(1, size // 2)
         order = _endless(len(pool), ours, generator)
         others = None if self.drawn is None else _endless(len(self.drawn), size - ours, generator)
         for _ in range(self.steps):
             pixels = pool.pixels[next(order)]
-            if others is not None:
+            if others is not None and self.drawn is not None:
                 pixels = torch.cat([pixels, self.drawn[next(others)]])
             yield pool.images(pixels).to(self.maker.device)
 

@@ -139,7 +139,8 @@ def block_error(output: Tensor, target: Tensor, token_weights: Tensor | None = N
     importance = row_importance(rows)
     if token_weights is not None:
         if token_weights.ndim == 3:
-            token_weights = F.adaptive_avg_pool2d(token_weights.float(), target.shape[1:3])
+            grid = target.shape[1], target.shape[2]
+            token_weights = F.adaptive_avg_pool2d(token_weights.float(), grid)
         weights = token_weights.reshape(-1, 1).to(importance)
         importance = importance * weights / weights.mean()
     return ((output.reshape_as(rows) - rows).square() * importance).sum()

@@ -10,7 +10,7 @@ is chosen in the same way, with the layer's inputs as they are after quantizatio
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-
+from typing import Any
 import torch
 from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
 from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
@@ -66,11 +66,11 @@ def search_ranges(
     samples = collect_rows(quant_model, places, batches, rows)
     factors: dict[str, float] = {}
     for name, values in samples.items():
-        layer = quant_model.get_submodule(name)
+        layer: Any = quant_model.get_submodule(name)
         weight = layer.weight.float() if isinstance(layer, QuantLinear) else None
         if activations and not has_channel_scales(places[name]):
             factors[name] = _best_factor(values, weight, places[name])
-            _scaling(places[name]).value.data.mul_(factors[name])
+            _scalings(places[name])[0].value.data.mul_(factors[name])
         if weights and weight is not None:
             _search_weight_scale(layer, values)
         if biases and hasattr(layer, "bias_correction"):
@@ -106,7 +106,7 @@ def mean_weight_error(layer: QuantLinear) -> Tensor:
 def undo_bias_correction(quant_model: nn.Module) -> None:
     """Take what :func:`search_ranges` put into the biases out of them again, before a model is calibrated anew."""
     for module in quant_model.modules():
-        if hasattr(module, "bias_correction"):
+        if isinstance(module, QuantLinear) and hasattr(module, "bias_correction"):
             module.bias.data -= mean_weight_error(module)
             module.bias_correction.zero_()
             module.input_mean.zero_()
@@ -168,20 +168,17 @@ def set_channel_scales(quant_model: nn.Module, scales: Mapping[str, Tensor]) -> 
         scales: ``(channels,)`` per layer name.
     """
     for name, wanted in scales.items():
-        proxy = quant_model.get_submodule(name).input_quant
-        present = proxy.scale()
-        _scaling(proxy).value.data.mul_(wanted.reshape(present.shape) / present)
+        layer: QuantLinear = quant_model.get_submodule(name)
+        present = layer.input_quant.scale()
+        _scalings(layer.input_quant)[0].value.data.mul_(wanted.reshape(present.shape) / present)
 
 
-def _scaling(proxy: ActQuantProxyFromInjectorBase) -> ParameterFromRuntimeStatsScaling | None:
-    for part in proxy.modules():
-        if isinstance(part, ParameterFromRuntimeStatsScaling):
-            return part
-    return None
+def _scalings(proxy: ActQuantProxyFromInjectorBase) -> list[ParameterFromRuntimeStatsScaling]:
+    return [part for part in proxy.modules() if isinstance(part, ParameterFromRuntimeStatsScaling)]
 
 
 def _is_searchable(proxy: ActQuantProxyFromInjectorBase) -> bool:
-    if not proxy.is_quant_enabled or _scaling(proxy) is None:
+    if not proxy.is_quant_enabled or not _scalings(proxy):
         return False
     zero_point = proxy.zero_point()
     return zero_point is not None and not bool((zero_point != 0).any())

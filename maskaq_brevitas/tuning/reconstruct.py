@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
@@ -88,7 +89,7 @@ def reconstruct_block(
     *,
     generator: torch.Generator,
     features: Callable[[Tensor], Tensor] | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], object] | None = None,
 ) -> BlockFigures:
     """Train one block in place; it is put back if its error on the images that choose would rise.
 
@@ -111,7 +112,7 @@ def reconstruct_block(
     count = len(data.targets)
     size = min(config.batch_size, count)
     with learned_rounding(quant_block, config) as rounding, _dropped(quant_block, config.drop, generator):
-        groups = [dict(params=[*layers, *rounding.parameters], lr=config.learning_rate)]
+        groups: list[dict[str, Any]] = [dict(params=[*layers, *rounding.parameters], lr=config.learning_rate)]
         if rounding.parameters:
             groups = [dict(params=rounding.parameters, lr=rounding.learning_rate)]
         # A scale moves by a share of itself: ranges differ by a factor of a hundred between places.
@@ -208,7 +209,7 @@ def _dropped(block: nn.Module, share: float, generator: torch.Generator) -> Iter
     """Each element of a quantized activation stays float with probability ``share`` (QDrop, Wei et al. 2022)."""
     handles = []
 
-    def mix(_proxy: nn.Module, inputs: tuple, output):
+    def mix(_proxy: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         value = output.value if hasattr(output, "value") else output
         mixed = torch.where(_chance(value, share, generator), inputs[0], value)
         return output._replace(value=mixed) if hasattr(output, "_replace") else mixed

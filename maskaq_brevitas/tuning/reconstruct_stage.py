@@ -150,7 +150,7 @@ class ReconstructStage:
     def _pass(self, part: BlockData, passage: str, folder: Path) -> None:
         """Bring the inputs to the block behind ``passage``: other tokens, of another size."""
         store, size = self._storage(folder), self.config.batch_size
-        shape = None
+        shape: tuple[int, ...] = ()
         for model, inputs in ((self.maker.float_snapshot, "float_inputs"), (self.quant_model, "quant_inputs")):
             module, before = model.get_submodule(passage), getattr(part, inputs)
             with torch.no_grad():

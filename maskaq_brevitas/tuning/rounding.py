@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
+from typing import Any
 import torch
 from brevitas.core.function_wrapper.learned_round import LearnedRoundHardSigmoid
 from brevitas.core.function_wrapper.learned_round import LearnedRoundSte
@@ -78,7 +78,7 @@ def learned_rounding(block: nn.Module, config: ReconstructConfig) -> Iterator[Ro
                 place.float_to_int_impl = original
 
 
-def _rounding_place(layer: nn.Module) -> nn.Module:
+def _rounding_place(layer: QuantWeightBiasInputOutputLayer) -> Any:
     """The part of a weight quantizer that rounds."""
     return next(part for part in layer.weight_quant.modules() if hasattr(part, "float_to_int_impl"))
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.models.families import has_classes
-from maskaq_brevitas.quant.snapshot import FakeQuantize, frozen_snapshot
+from maskaq_brevitas.quant.snapshot import FakeQuantize, FrozenLayer, frozen_snapshot
 from maskaq_brevitas.tuning.losses import output_divergence
 from maskaq_brevitas.tuning.ranges import mean_weight_error
 
@@ -52,16 +54,17 @@ class Switches:
     def __init__(self, quant_model: nn.Module):
         self.model = frozen_snapshot(quant_model)
         self._quantizers: dict[str, tuple[nn.Module, str, nn.Module]] = {}
-        self._weights: dict[str, tuple[nn.Module, _Affine, _Affine]] = {}
+        self._weights: dict[str, tuple[FrozenLayer, _Affine, _Affine]] = {}
         for name, module in list(self.model.named_modules()):
             if isinstance(module, FakeQuantize):
                 parent, _, child = name.rpartition(".")
                 switch = f"{parent}.input" if child == "input_quant" else name
                 self._quantizers[switch] = (self.model.get_submodule(parent), child, module)
                 if child == "input_quant":
-                    layer, source = self.model.get_submodule(parent), quant_model.get_submodule(parent)
+                    layer = cast(FrozenLayer, self.model.get_submodule(parent))
+                    source: QuantWeightBiasInputOutputLayer = quant_model.get_submodule(parent)
                     weight, bias = source.weight.detach(), layer.bias
-                    if hasattr(source, "input_mean"):
+                    if bias is not None and hasattr(source, "input_mean"):
                         bias = nn.Parameter(bias - mean_weight_error(source), requires_grad=False)
                     self._weights[f"{parent}.weight"] = (layer, (layer.weight, layer.bias), (weight, bias))
         self.set(())

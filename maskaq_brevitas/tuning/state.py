@@ -20,8 +20,11 @@ def load_quant_state(quant_model: nn.Module, state: Mapping[str, Tensor]) -> Non
     """Load a saved state into a quant model that was swapped in the same way.
 
     Raises:
-        RunDirectoryError: if names or shapes differ.
+        RunDirectoryError: if names or shapes differ, or a value is not finite.
     """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RunDirectoryError(f"The saved quant model is broken: {name} holds values that are not finite.")
     try:
         quant_model.load_state_dict(dict(state))
     except RuntimeError as error:

@@ -94,7 +94,8 @@ def constant(name, value, dims=()):
 @pytest.mark.parametrize(("node", "constants", "effect", "reason"), (
     (helper.make_node("Softmax", ["x"], ["y"], axis=1), (), "wrong", "last axis whatever its axis"),
     (helper.make_node("Gelu", ["x"], ["y"], approximate="tanh"), (), "wrong", "its approximation is ignored"),
-    (helper.make_node("LayerNormalization", ["x", "s"], ["y"]), (constant("s", [1.0] * 8, [8]),), "unmapped", "no bias input"),
+    (helper.make_node("LayerNormalization", ["x", "s"], ["y"]), (constant("s", [1.0] * 8, [8]),),
+     "unmapped", "no bias input"),
     (helper.make_node("LayerNormalization", ["x", "s", "b"], ["y"]),
      (constant("s", [1.0] * 8, [8]), constant("b", [0.5] * 8, [8])), "wrong", "dropped without a word"),
     (helper.make_node("Quant", ["x", "s", "z", "w"], ["y"], domain="qonnx.custom_op.general", signed=1, narrow=0,

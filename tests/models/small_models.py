@@ -30,17 +30,23 @@ MODELS = {
     "swin_always": ("swin_tiny_patch4_window7_224", dict(SWIN, always_partition=True, strict_img_size=False)),
     "swin_v2": ("swinv2_tiny_window8_256", SWIN),
     "beit": ("beit_base_patch16_224", VIT),
-    "beit_shared": ("beit_base_patch16_224", dict(VIT, use_rel_pos_bias=False, use_shared_rel_pos_bias=True, qkv_bias=False)),
+    "beit_shared": (
+        "beit_base_patch16_224", dict(VIT, use_rel_pos_bias=False, use_shared_rel_pos_bias=True, qkv_bias=False)
+    ),
     "eva": ("eva_giant_patch14_224", dict(VIT, mlp_ratio=2)),
     "eva02": ("eva02_tiny_patch14_224", VIT),
     "eva02_normed": ("eva02_base_patch14_224", VIT),
-    "eva_grouped": ("eva02_tiny_patch14_224", dict(VIT, num_heads=4, attn_type="rope", num_kv_heads=2, qkv_fused=False)),
+    "eva_grouped": (
+        "eva02_tiny_patch14_224", dict(VIT, num_heads=4, attn_type="rope", num_kv_heads=2, qkv_fused=False)
+    ),
     "eva_postnorm": ("eva02_tiny_patch14_224", dict(VIT, use_post_norm=True)),
     "dinov3": ("vit_small_patch16_dinov3", dict(VIT, num_classes=0)),
     "cait": ("cait_xxs24_224", dict(VIT, depth_token_only=1)),
     "twins": ("twins_svt_small", dict(PYRAMID, img_size=(32, 40), sr_ratios=(2, 1), wss=(3, 2))),
     "pvt": ("pvt_v2_b0", dict(PYRAMID, sr_ratios=(2, 1), pretrained_cfg_overlay=dict(input_size=(3, 32, 48)))),
-    "pvt_linear": ("pvt_v2_b2_li", dict(PYRAMID, sr_ratios=(2, 1), pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))),
+    "pvt_linear": (
+        "pvt_v2_b2_li", dict(PYRAMID, sr_ratios=(2, 1), pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
+    ),
     "tiny_vit": (
         "tiny_vit_5m_224",
         dict(

@@ -40,7 +40,7 @@ def by_hand(model, batch):
     for handle in handles:
         handle.remove()
     found = {"logits": [], "probabilities": [], "context": []}
-    for block, x in zip(model.blocks, inputs):
+    for block, x in zip(model.blocks, inputs, strict=True):
         attention = block.attn
         weight = attention.qkv.weight.detach().double().numpy()
         projected = x.double().numpy() @ weight.T
@@ -56,7 +56,7 @@ def by_hand(model, batch):
             shares = np.exp(scores - scores.max(-1, keepdims=True))
             shares = shares / shares.sum(-1, keepdims=True)
             logits.append(scores), probabilities.append(shares), context.append(shares @ part[2])
-        for name, values in zip(found, (logits, probabilities, context)):
+        for name, values in zip(found, (logits, probabilities, context), strict=True):
             found[name].append(torch.from_numpy(np.stack(values, axis=1)).float())
     return found, output
 
@@ -80,7 +80,7 @@ def test_values(options, tokens):
     heads = model.blocks[0].attn.num_heads
     for name in ("logits", "probabilities", "context"):
         assert len(getattr(record, name)) == 2
-        for actual, value in zip(getattr(record, name), expected[name]):
+        for actual, value in zip(getattr(record, name), expected[name], strict=True):
             assert actual.shape[:3] == (2, heads, tokens)
             torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)
 

@@ -79,7 +79,7 @@ def test_taps_and_layouts_fit_the_model(name):
 
 @every_model
 def test_channels_can_be_moved_at_every_place(name):
-    """Shifting and scaling a LayerNorm's channels is undone in the layers that are said to read them, so in all that do."""
+    """Shifting and scaling a LayerNorm's channels is undone in the layers that are said to read them."""
     model = copy.deepcopy(build(name))
     write_out(model)
     x = images(model)

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+import torchvision
 from timm.models.vision_transformer import VisionTransformer
 
 from maskaq_brevitas.errors import ModelError
@@ -69,3 +70,10 @@ def test_models_without_what_is_needed():
         read_geometry(model)
     with pytest.raises(ModelError, match="its attention .*MultiScaleAttention.* is of a family that is not registered"):
         read_geometry(timm.create_model("mvitv2_tiny", img_size=64))
+
+
+@pytest.mark.parametrize("name", ("swin3d_t", "mvit_v1_b"))
+def test_video_models_are_refused_by_name(name):
+    model = getattr(torchvision.models.video, name)()
+    with pytest.raises(ModelError, match=rf"{type(model).__name__} cannot be quantized: its attention \(.*\) .* not registered"):
+        read_geometry(model)

@@ -191,7 +191,7 @@ def test_quantize_symmetric_against_brute_force(bits):
         _, expected = brute_force(values.numpy(), bits, weights.numpy(), 0.03)
         assert float((weights * (found - values).square()).sum()) == pytest.approx(float(expected), rel=1e-4)
     rows = quantize_symmetric(values, bits, per_row=True)
-    for row, original in zip(rows.numpy(), values.numpy()):
+    for row, original in zip(rows.numpy(), values.numpy(), strict=True):
         _, expected = brute_force(original[None], bits, 1.0, 0.3)
         assert float(((row - original) ** 2).sum()) == pytest.approx(float(expected), rel=1e-4)
         assert len(np.unique(row)) <= 2**bits

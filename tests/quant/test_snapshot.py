@@ -81,7 +81,7 @@ def test_snapshot_is_a_frozen_copy(tiny_vit):
         for parameter in quant_model.parameters():
             parameter.add_(1.0)
         assert torch.equal(snapshot(images()), expected)
-        for name, parameter in quant_model.named_parameters():
+        for parameter in quant_model.parameters():
             parameter.sub_(1.0)
     assert all(module.training for module in quant_model.modules() if isinstance(module, QuantLinear))
     assert before.keys() == quant_model.state_dict().keys()

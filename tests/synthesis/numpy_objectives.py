@@ -62,7 +62,7 @@ def similarity_entropy(layer, prefix, rows=None):
     maps = layer.mean(axis=0)[prefix:, prefix:]
     maps = maps if rows is None else maps[rows]
     unit = [row / math.sqrt(sum(value**2 for value in row)) for row in maps]
-    similarity = [sum(p * q for p, q in zip(a, b)) for a in unit for b in unit]
+    similarity = [sum(p * q for p, q in zip(a, b, strict=True)) for a in unit for b in unit]
     mean = sum(similarity) / len(similarity)
     variance = sum((value - mean) ** 2 for value in similarity) / len(similarity)
     return 0.5 * math.log(2 * math.pi * math.e * (variance + 1e-8))
@@ -86,5 +86,5 @@ def top_patches(values, share):
 def masked_alignment(float_rows, quant_rows, chosen):
     """``float_rows``, ``quant_rows``: one vector per layer; ``chosen``: one set of patches per layer."""
     losses = [sum(abs(ours[patch] - theirs[patch]) for patch in patches) / len(patches)
-              for ours, theirs, patches in zip(float_rows, quant_rows, chosen)]  # fmt: skip
+              for ours, theirs, patches in zip(float_rows, quant_rows, chosen, strict=True)]  # fmt: skip
     return sum(losses) / len(losses)

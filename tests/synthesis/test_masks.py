@@ -22,7 +22,7 @@ def test_received_attention(class_token, prefix):
 def test_mask_holds_the_largest(share, count):
     received = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     mask = masks.informative_mask(received, share)
-    for values, row in zip(received.tolist(), mask):
+    for values, row in zip(received.tolist(), mask, strict=True):
         assert set(row.nonzero().flatten().tolist()) == reference.top_patches(values, share)
         assert row.sum() == count
 

@@ -38,7 +38,7 @@ def check(actual, expected, tolerance=1e-5):
 
 def test_class_loss():
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
-    expected = [reference.class_loss(row.double().numpy(), label) for row, label in zip(logits, (4, 0, 2))]
+    expected = [reference.class_loss(row.double().numpy(), label) for row, label in zip(logits, (4, 0, 2), strict=True)]
     check(objectives.class_loss(logits, torch.tensor([4, 0, 2])), expected)
 
 
@@ -132,8 +132,8 @@ def from_weights(kept):
         width = projected.shape[1] // 3
         size = width // attention.num_heads
         kept.append(np.stack([
-            projected[:, head * size : (head + 1) * size] @ projected[:, width + head * size : width + (head + 1) * size].T
-            for head in range(attention.num_heads)]))  # fmt: skip
+            projected[:, start : start + size] @ projected[:, width + start : width + start + size].T
+            for start in range(0, width, size)]))  # fmt: skip
 
     return hook
 

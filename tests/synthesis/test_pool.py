@@ -4,6 +4,7 @@ from safetensors.torch import save_file
 
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.files import save_tensors
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.synthesis.pool import balanced_labels
@@ -55,7 +56,7 @@ def test_pixels_survive_normalisation():
 def test_values_outside_the_pixel_range_are_clamped_and_rounded():
     pool = SyntheticImages(1, GEOMETRY)
     shares = torch.tensor([-0.3, 1.4, 100.4 / 255, 100.6 / 255]).view(4, 1, 1, 1)
-    for share, expected in zip(shares, (0, 255, 100, 101)):
+    for share, expected in zip(shares, (0, 255, 100, 101), strict=True):
         pool.put(torch.tensor([0]), GEOMETRY.normalize(share.expand(1, 3, 8, 12)), torch.tensor([1]), torch.ones(1, 6).bool())
         assert (pool.pixels == expected).all()
 
@@ -103,16 +104,22 @@ def without_labels(path):
 
 def without_version(path):
     pool, _ = filled()
-    save_file({name: getattr(pool, name) for name in ("pixels", "labels", "informative")}, path)
+    save_tensors(path, {name: getattr(pool, name) for name in ("pixels", "labels", "informative", "made_at")})
 
 
-@pytest.mark.parametrize("damage", (cut, without_labels, without_version, lambda path: path.unlink()))
+def with_a_foreign_label(path):
+    pool, _ = filled()
+    pool.labels[2] = 10
+    pool.save(path)
+
+
+@pytest.mark.parametrize("damage", (cut, without_labels, without_version, with_a_foreign_label, lambda path: path.unlink()))
 def test_damaged_file(tmp_path, damage):
     pool, pixels = filled()
     path = tmp_path / "pool.safetensors"
     pool.save(path)
     damage(path)
-    with pytest.raises(RunDirectoryError, match="pool.safetensors is not a readable pool"):
+    with pytest.raises(RunDirectoryError, match="pool.safetensors"):
         pool.load(path)
     assert torch.equal(pool.pixels, pixels) and pool.version == 3
 

@@ -152,7 +152,7 @@ def test_everything_borrowed_is_given_back(pair):
     rng = torch.get_rng_state()
     run(pair)
     assert torch.equal(torch.get_rng_state(), rng) and torch.is_grad_enabled()
-    assert all(same_state(one, state(model)) for one, model in zip(before, pair[:2]))
+    assert all(same_state(one, state(model)) for one, model in zip(before, pair[:2], strict=True))
 
 
 @pytest.mark.parametrize("which", (0, 1))
@@ -168,7 +168,7 @@ def test_everything_borrowed_is_given_back_after_an_error(pair, which):
         run(pair)
     handle.remove()
     assert torch.equal(torch.get_rng_state(), rng) and torch.is_grad_enabled()
-    assert all(same_state(one, state(model)) for one, model in zip(before, pair[:2]))
+    assert all(same_state(one, state(model)) for one, model in zip(before, pair[:2], strict=True))
 
 
 def spoil(model, image, calls):
