@@ -167,5 +167,5 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer of a weight, ``(out_features, in_features)``, and a bias that exist; they are shared."""
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.out_features, layer.in_features = weight.shape
-    layer.weight, layer.bias = weight, bias
+    layer.weight, layer.bias = cast(nn.Parameter, weight), cast(nn.Parameter, bias)
     return layer

@@ -302,7 +302,7 @@ class _AnswerLogits:
     def __init__(self, logits: Callable[[Any], Tensor]):
         self.logits = logits
 
-    def __call__(self, _model: nn.Module, _inputs: tuple, output: Any) -> Tensor | None:
+    def __call__(self, _model: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         # None: Brevitas' GPTQ gives it for a pass that it ended at the layer it wanted.
         return output if output is None or isinstance(output, Tensor) else self.logits(output)
 

@@ -81,7 +81,7 @@ def _timm_token_place(_model: nn.Module) -> str:
     return "patch_drop"
 
 
-def _timm_head(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _timm_head(model: Any) -> Callable[[Tensor], Tensor] | None:
     if not hasattr(model, "forward_head") or not isinstance(getattr(model, "norm", None), nn.Module):
         return None
     return lambda tokens: model.forward_head(model.norm(tokens), pre_logits=True)
@@ -136,24 +136,24 @@ class Family:
     places: Callable[[str, Any], list[ChannelPlace]]
     other_places: tuple[type[nn.Module], ...] = ()
     rewrites: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = field(default_factory=dict)
-    prepare: Callable[[nn.Module], None] = _ready
-    activated: Callable[[nn.Module], tuple[str, ...]] = _unbounded
+    prepare: Callable[[Any], None] = _ready
+    activated: Callable[[Any], tuple[str, ...]] = _unbounded
     tables: tuple[type[nn.Module], ...] = ()
     layouts: Callable[[Any], tuple[AttentionLayout, ...]] = _no_layouts
     grid: Callable[[Any], tuple[int, int]] | None = None
     input_size: Callable[[Any], tuple[int, int]] | None = None
-    prefix: Callable[[nn.Module], int] = _model_prefix
+    prefix: Callable[[Any], int] = _model_prefix
     passages: Callable[[Any], dict[str, str]] = _no_passages
     whole_grid: str = ""
     tail: str = ""
     create: Callable[..., nn.Module] = timm.create_model
-    classes: Callable[[nn.Module], int | None] = _timm_classes
-    classifier: Callable[[nn.Module], tuple[nn.Module, ...]] = _timm_classifier
-    class_token: Callable[[nn.Module], bool] = _timm_class_token
+    classes: Callable[[Any], int | None] = _timm_classes
+    classifier: Callable[[Any], tuple[nn.Module, ...]] = _timm_classifier
+    class_token: Callable[[Any], bool] = _timm_class_token
     embedding: str = "patch_embed*"
     data: Mapping[str, Any] = field(default_factory=dict)
-    token_place: Callable[[nn.Module], str] = _timm_token_place
-    head: Callable[[nn.Module], Callable[[Tensor], Tensor] | None] = _timm_head
+    token_place: Callable[[Any], str] = _timm_token_place
+    head: Callable[[Any], Callable[[Tensor], Tensor] | None] = _timm_head
     logits: Callable[[Any], Tensor] | None = None
 
 

@@ -8,7 +8,7 @@ Their names for things are read from the model that its class calls the base mod
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
@@ -36,7 +36,7 @@ class ExplicitHFAttention(ExplicitAttention):
     The attention function that the configuration names (``sdpa``, ``eager`` ...) is not called.
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Any):
         super().__init__(source, source.num_attention_heads)
         self.scale = source.scaling
         self.q_proj, self.k_proj, self.v_proj = source.q_proj, source.k_proj, source.v_proj
@@ -52,7 +52,7 @@ class ExplicitHFAttention(ExplicitAttention):
         return self.o_proj(self.attend(q * self.scale, k, v, bias))
 
 
-def timm_mlp(source: nn.Module) -> nn.Module:
+def timm_mlp(source: Any) -> nn.Module:
     """An MLP of transformers as timm's ``Mlp``: the same ``fc1`` and ``fc2``, with a place to equalise the hidden units."""
     mlp = Mlp(1, device="meta")
     mlp.fc1, mlp.act, mlp.fc2 = source.fc1, source.activation_fn, source.fc2
@@ -62,7 +62,7 @@ def timm_mlp(source: nn.Module) -> nn.Module:
 def hf_places(first: str, second: str) -> Callable[[str, nn.Module], list[ChannelPlace]]:
     """Where channels may be equalised in blocks whose LayerNorms have these names."""
 
-    def places(name: str, block: nn.Module) -> list[ChannelPlace]:
+    def places(name: str, block: Any) -> list[ChannelPlace]:
         readers = tuple(f"{name}.attention.{reader}_proj" for reader in "kvq")
         found = [ChannelPlace(f"{name}.{first}", None, readers)] if has_affine(getattr(block, first)) else []
         return [*found, *mlp_places(name, block, norm=second)]
@@ -70,7 +70,7 @@ def hf_places(first: str, second: str) -> Callable[[str, nn.Module], list[Channe
     return places
 
 
-def class_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def class_features(model: Any) -> Callable[[Tensor], Tensor]:
     """Tokens -> the normalised class token, ``(batch, channels)``."""
     return lambda tokens: model.base_model.layernorm(tokens)[:, 0]
 
@@ -92,23 +92,24 @@ def hf_traits(*classifiers: type[nn.Module], prefix: int, data: dict[str, Any] =
         data: normalisation of the usual checkpoints.
     """
 
-    def classes(model: nn.Module) -> int:
+    def classes(model: Any) -> int:
         if not isinstance(model, classifiers):
             names = " or ".join(kind.__name__ for kind in classifiers)
             raise ModelError(f"{type(model).__name__} of transformers gives no logits. Expected {names}.")
-        return model.config.num_labels
+        return int(cast(Any, model).config.num_labels)
 
-    def grid(model: nn.Module) -> tuple[int, int]:
+    def grid(model: Any) -> tuple[int, int]:
         rows, columns = (
             side // step for side, step in zip(_sides(model.config.image_size), _sides(model.config.patch_size), strict=True)
         )
         return rows, columns
 
-    def classifier(model: nn.Module) -> tuple[nn.Module, ...]:
+    def classifier(model: Any) -> tuple[nn.Module, ...]:
         names = ("classifier", "cls_classifier", "distillation_classifier")
         return tuple(getattr(model, name) for name in names if hasattr(model, name))
 
     def create(name: str, **options: Any) -> nn.Module:
+        kind: Any
         (kind,) = [kind for kind in classifiers if kind.__name__ == name.partition(":")[2]]
         return kind(kind.config_class(**options))
 

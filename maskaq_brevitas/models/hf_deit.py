@@ -1,8 +1,9 @@
 """Hugging Face transformers' DeiT (``DeiTForImageClassification``, ``DeiTForImageClassificationWithTeacher``)."""
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.deit.modeling_deit import DeiTAttention
 from transformers.models.deit.modeling_deit import DeiTForImageClassification
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacher
@@ -14,9 +15,9 @@ from maskaq_brevitas.models.hf_common import SMALL, ExplicitHFAttention, class_f
 
 __all__ = ["FAMILY"]
 
-def _head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
     """The class token; with two classifiers the mean of what they read, as timm's distilled DeiT has it."""
-    if not isinstance(model, DeiTForImageClassificationWithTeacher):
+    if not hasattr(model, "distillation_classifier"):
         return class_features(model)
     return lambda tokens: model.base_model.layernorm(tokens)[:, :2].mean(dim=1)
 

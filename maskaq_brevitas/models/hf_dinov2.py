@@ -1,9 +1,10 @@
 """Hugging Face transformers' DINOv2 (``Dinov2ForImageClassification``)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
 from transformers.models.dinov2.modeling_dinov2 import Dinov2ForImageClassification
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
@@ -16,14 +17,14 @@ from maskaq_brevitas.models.hf_common import ExplicitHFAttention, hf_places, hf_
 __all__ = ["FAMILY"]
 
 
-def _places(name: str, block: nn.Module) -> list[ChannelPlace]:
+def _places(name: str, block: Any) -> list[ChannelPlace]:
     places = hf_places("norm1", "norm2")(name, block)
     if isinstance(block.mlp, Dinov2SwiGLUFFN) and has_affine(block.norm2):
         places.append(ChannelPlace(f"{name}.norm2", None, (f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")))
     return places
 
 
-def _head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
     """The class token, and the mean of the patches."""
 
     def features(tokens: Tensor) -> Tensor:

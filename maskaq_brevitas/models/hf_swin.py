@@ -28,7 +28,9 @@ class ExplicitHFWindowAttention(ExplicitHFAttention):
     The bias is looked up in its table in every pass, so the table can be trained.
     """
 
-    def __init__(self, source: nn.Module):
+    relative_position_index: Tensor
+
+    def __init__(self, source: Any):
         super().__init__(source)
         table = source.relative_position_bias
         self.relative_position_bias_table = table.relative_position_bias_table
@@ -46,7 +48,7 @@ class ExplicitHFWindowAttention(ExplicitHFAttention):
 class PlainSwinLayer(nn.Module):
     """A block, ``(batch, tokens, channels)`` to the same, for tokens of one ``grid``, ``(rows, columns)``."""
 
-    def __init__(self, source: nn.Module, grid: tuple[int, int]):
+    def __init__(self, source: Any, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
         self.window, self.shift = _window(source, grid)
@@ -69,7 +71,7 @@ class PlainSwinLayer(nn.Module):
 class PlainPatchMerging(nn.Module):
     """transformers' ``SwinPatchMerging`` for tokens of one grid."""
 
-    def __init__(self, source: nn.Module, grid: tuple[int, int]):
+    def __init__(self, source: Any, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
         self.norm = source.norm
@@ -83,7 +85,7 @@ class PlainPatchMerging(nn.Module):
 class PlainSwinStage(nn.Module):
     """Blocks, and the patch merging behind them."""
 
-    def __init__(self, source: nn.Module, grid: tuple[int, int]):
+    def __init__(self, source: Any, grid: tuple[int, int]):
         super().__init__()
         self.blocks = nn.ModuleList([PlainSwinLayer(block, grid) for block in source.blocks])
         self.downsample = None if source.downsample is None else PlainPatchMerging(source.downsample, grid)
@@ -98,7 +100,7 @@ class PlainSwinStage(nn.Module):
 class PlainSwinEncoder(nn.Module):
     """transformers' ``SwinEncoder`` for the image size of its configuration, blocks taking and giving tokens alone."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Any):
         super().__init__()
         stages = zip(source.layers, _grids(source), strict=True)
         self.layers = nn.ModuleList([PlainSwinStage(stage, grid) for stage, grid in stages])
@@ -110,7 +112,7 @@ class PlainSwinEncoder(nn.Module):
         return SwinEncoderOutput(last_hidden_state=hidden_states)
 
 
-def _window(block: nn.Module, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _window(block: Any, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Sides of a block's windows, and their shift: none where a window is as large as the grid."""
     if isinstance(block, PlainSwinLayer):
         return block.window, block.shift
@@ -118,7 +120,7 @@ def _window(block: nn.Module, grid: tuple[int, int]) -> tuple[tuple[int, int], t
     return (side, side), (shift, shift)
 
 
-def _grids(encoder: nn.Module) -> list[tuple[int, int]]:
+def _grids(encoder: Any) -> list[tuple[int, int]]:
     """Of each stage; the first block knows that of the image."""
     first = encoder.layers[0].blocks[0]
     rows, columns = first.grid if isinstance(first, PlainSwinLayer) else first.input_resolution
@@ -129,7 +131,7 @@ def _grids(encoder: nn.Module) -> list[tuple[int, int]]:
     return grids
 
 
-def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
+def _layouts(model: Any) -> tuple[AttentionLayout, ...]:
     encoder, layouts = model.base_model.encoder, []
     for grid, stage in zip(_grids(encoder), encoder.layers, strict=True):
         for block in stage.blocks:
@@ -138,7 +140,7 @@ def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
     return tuple(layouts)
 
 
-def _passages(model: nn.Module) -> dict[str, str]:
+def _passages(model: Any) -> dict[str, str]:
     """The first block of each stage but the first, and the patch merging in front of it."""
     name = f"{model.base_model_prefix}.encoder.layers"
     return {
@@ -146,7 +148,7 @@ def _passages(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _places(name: str, module: nn.Module) -> list[ChannelPlace]:
+def _places(name: str, module: Any) -> list[ChannelPlace]:
     if isinstance(module, PlainPatchMerging):
         return [ChannelPlace(f"{name}.norm", None, (f"{name}.reduction",))] if has_affine(module.norm) else []
     # Windows that do not fit are filled up with zeros behind the LayerNorm, and a shifted channel's zero is another.
@@ -156,7 +158,7 @@ def _places(name: str, module: nn.Module) -> list[ChannelPlace]:
     return both(name, module) if fits else mlp_places(name, module, "layernorm_after")
 
 
-def _head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda tokens: model.base_model.layernorm(tokens).mean(dim=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ __all__ = ["ExplicitShiftedAttention", "ExplicitShiftedAttentionV2", "TORCHVISIO
 class ExplicitShiftedAttention(ExplicitAttention):
     """torchvision's ``ShiftedWindowAttention``, written out: ``(batch, rows, columns, dim)`` to the same."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Any):
         super().__init__(source)
         self.scale = (source.qkv.in_features // source.num_heads) ** -0.5
         self.window: tuple[int, int] = tuple(source.window_size)
@@ -43,7 +44,7 @@ class ExplicitShiftedAttention(ExplicitAttention):
         self.proj_drop = nn.Dropout(source.dropout)
         self.train(source.training)
 
-    def add_position(self, source: nn.Module) -> None:
+    def add_position(self, source: Any) -> None:
         """Take over what gives the position bias: a table, looked up in every pass so that it can be trained."""
         self.relative_position_bias_table = source.relative_position_bias_table
         self.register_buffer("relative_position_index", source.relative_position_index, persistent=False)
@@ -72,13 +73,13 @@ class ExplicitShiftedAttentionV2(ExplicitShiftedAttention):
     That network reads coordinates alone; its output is computed once, and kept as a parameter.
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Any):
         super().__init__(source)
         if source.qkv.bias is not None:  # keys have none, whatever the parameter holds
             q, k, v = source.qkv.bias.chunk(3)
             self.qkv = joined_linear(source.qkv.weight, q, torch.zeros_like(k), v)
 
-    def add_position(self, source: nn.Module) -> None:
+    def add_position(self, source: Any) -> None:
         self.logit_scale = source.logit_scale
         with torch.no_grad():
             bias = source.get_relative_position_bias()[0]
@@ -88,25 +89,25 @@ class ExplicitShiftedAttentionV2(ExplicitShiftedAttention):
         return self.relative_position_bias
 
     @property
-    def scale(self) -> Tensor:  # type: ignore[override]
+    def scale(self) -> Tensor:
         """Of each head, ``(heads, 1, 1)``."""
         return self.logit_scale.clamp(max=math.log(100.0)).exp()
 
     @scale.setter
-    def scale(self, _value: float) -> None:
+    def scale(self, _value: float | Tensor) -> None:
         """The one of Swin is not used."""
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return F.normalize(q, dim=-1) * self.scale, F.normalize(k, dim=-1)
 
 
-def _input_size(model: nn.Module) -> tuple[int, int]:
+def _input_size(model: Any) -> tuple[int, int]:
     """Height and width by the model's ``pretrained_cfg``, else those that torchvision's weights were trained with."""
     v2 = isinstance(model.features[1][0], SwinTransformerBlockV2)
     return data_config(model, dict(input_size=(3, 256, 256) if v2 else (3, 224, 224)))["input_size"][1:]
 
 
-def _stages(model: nn.Module) -> list[tuple[int, tuple[int, int]]]:
+def _stages(model: Any) -> list[tuple[int, tuple[int, int]]]:
     """Index in ``features`` of each stage, and the grid of its tokens."""
     embedding = model.features[0][0]
     rows, columns = (side // step for side, step in zip(_input_size(model), embedding.stride, strict=True))
@@ -119,7 +120,7 @@ def _stages(model: nn.Module) -> list[tuple[int, tuple[int, int]]]:
     return stages
 
 
-def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
+def _layouts(model: Any) -> tuple[AttentionLayout, ...]:
     layouts = []
     for index, grid in _stages(model):
         for block in model.features[index]:
@@ -131,12 +132,12 @@ def _layouts(model: nn.Module) -> tuple[AttentionLayout, ...]:
     return tuple(layouts)
 
 
-def _passages(model: nn.Module) -> dict[str, str]:
+def _passages(model: Any) -> dict[str, str]:
     """The first block of each stage but the first, and the patch merging in front of it."""
     return {f"features.{index}.0": f"features.{index - 1}" for index, _ in _stages(model)[1:]}
 
 
-def _tell_grids(model: nn.Module) -> None:
+def _tell_grids(model: Any) -> None:
     """Let each block know its grid, ``(rows, columns)``."""
     if isinstance(model, SwinTransformer):
         for index, grid in _stages(model):
@@ -144,7 +145,7 @@ def _tell_grids(model: nn.Module) -> None:
                 block.grid = grid
 
 
-def _places(name: str, module: nn.Module) -> list[ChannelPlace]:
+def _places(name: str, module: Any) -> list[ChannelPlace]:
     if isinstance(module, SwinTransformerBlockV2):  # normalises behind attention and MLP
         return [place for place in idle_mlp_places(name, module, "norm2") if place.norm is None]
     if not isinstance(module, SwinTransformerBlock):
@@ -155,11 +156,11 @@ def _places(name: str, module: nn.Module) -> list[ChannelPlace]:
     return [*(attention_place(name, module) if fits else []), *idle_mlp_places(name, module, "norm2")]
 
 
-def _head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda tokens: model.flatten(model.avgpool(model.permute(model.norm(tokens))))
 
 
-def _create(name: str, **options) -> nn.Module:
+def _create(name: str, **options: Any) -> nn.Module:
     size = options.pop("img_size")
     v2 = dict(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2) if "_v2_" in name else {}
     model = SwinTransformer(**options, **v2)

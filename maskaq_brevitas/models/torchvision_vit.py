@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -23,7 +24,7 @@ class ExplicitMultiheadAttention(ExplicitAttention):
     ``in_proj_weight`` and ``in_proj_bias``.
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Any):
         super().__init__(source)
         if source.bias_k is not None or source.bias_v is not None or source.add_zero_attn:
             raise ModelError(
@@ -92,7 +93,7 @@ class IdleMLP(nn.Sequential):
     Behind the activation function, that is where channels can be equalised.
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: Any):
         super().__init__()
         for name, layer in source.named_children():
             idle = isinstance(layer, nn.Dropout) and layer.p == 0
@@ -100,7 +101,7 @@ class IdleMLP(nn.Sequential):
         self.training = source.training
 
 
-def idle_mlp_places(name: str, block: nn.Module, norm: str) -> list[ChannelPlace]:
+def idle_mlp_places(name: str, block: Any, norm: str) -> list[ChannelPlace]:
     """The LayerNorm in front of the ``mlp`` of a block of torchvision, and the hidden units of that."""
     places = []
     if has_affine(getattr(block, norm)):
@@ -110,10 +111,10 @@ def idle_mlp_places(name: str, block: nn.Module, norm: str) -> list[ChannelPlace
     return places
 
 
-def only_model(kind: type[nn.Module], found: Callable) -> Callable:
+def only_model(kind: type[nn.Module], found: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A function of a model that refuses models of another class, which a family is known by its parts alone."""
 
-    def checked(model: nn.Module):
+    def checked(model: Any) -> Any:
         if not isinstance(model, kind):
             raise ModelError(
                 f"{type(model).__name__} has blocks of {kind.__name__}, but does not tell how its tokens lie on the image. "
@@ -124,17 +125,17 @@ def only_model(kind: type[nn.Module], found: Callable) -> Callable:
     return checked
 
 
-def _places(name: str, block: nn.Module) -> list[ChannelPlace]:
+def _places(name: str, block: Any) -> list[ChannelPlace]:
     consumers = tuple(f"{name}.self_attention.{reader}_proj" for reader in "kvq")
     first = [ChannelPlace(f"{name}.ln_1", None, consumers)] if has_affine(block.ln_1) else []
     return [*first, *idle_mlp_places(name, block, "ln_2")]
 
 
-def _head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda tokens: model.heads[:-1](model.encoder.ln(tokens)[:, 0])
 
 
-def _create(name: str, **options) -> nn.Module:
+def _create(name: str, **options: Any) -> nn.Module:
     return VisionTransformer(**options)
 
 

@@ -4,7 +4,7 @@ import difflib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -118,7 +118,7 @@ def _timm_pretrained(name: str, num_classes: int | None) -> nn.Module:
         raise _no_download("timm", name, error) from error
     if num_classes not in (None, model.num_classes):
         # timm would give a head with random weights here.
-        raise _other_classes(name, model.num_classes, num_classes)
+        raise _other_classes(name, cast(int, model.num_classes), num_classes)
     return model
 
 
