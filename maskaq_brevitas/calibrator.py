@@ -75,7 +75,10 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
     the same on every pass, until :meth:`refresh` replaces them in place.
 
     Args:
-        float_model: trained float model of a registered family (timm ViT, DeiT ...). It is not changed.
+        float_model: trained float model of a registered family of timm, torchvision or transformers (``maskaq models``).
+            It is not changed. The quant model of a transformers classifier gives its logits, a tensor. Mean and standard
+            deviation of another model than timm's are told by its ``pretrained_cfg``, see
+            :func:`~maskaq_brevitas.models.geometry.read_geometry`.
         quant_model: a Brevitas model of it that exists already, FX-traced (``brevitas.graph.quantize``) or not;
             ``None`` swaps the layers by ``scheme``.
         backbone: name of the module to quantize inside a larger model (detection, segmentation), such as

@@ -29,7 +29,7 @@ from maskaq_brevitas.export.finn_lint import lint_finn as judge_for_finn
 from maskaq_brevitas.export.finn_lint import lint_text
 from maskaq_brevitas.export.process import require
 from maskaq_brevitas.files import write_whole
-from maskaq_brevitas.models.families import FAMILIES
+from maskaq_brevitas.models.families import known_families
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
 from maskaq_brevitas.options import read_saved, to_yaml
@@ -210,6 +210,7 @@ def models(options: Namespace) -> None:
 
     Raises:
         ConfigurationError: if no family or example has the text in its name.
+        MissingExtraError: if a family is to be measured whose package is not installed.
     """
     rows = recorded_support()
     wanted = (options.family or "").lower()
@@ -218,7 +219,9 @@ def models(options: Namespace) -> None:
         known = ", ".join(dict.fromkeys(row.family for row in recorded_support()))
         raise ConfigurationError(f"Expected a text that is part of a family's name ({known}), got {options.family!r}.")
     if options.check:
-        families = {family.name: family for family in FAMILIES}
+        families = {family.name: family for family in known_families(optional=True)}
+        if any(row.family not in families for row in rows):
+            raise MissingExtraError("transformers", "hf")
         rows = [check_support(families[row.family], row.example).row for row in rows]
     titles = ["family", "example", "swapped", "MACs quantized", "taps", "FX", "QONNX", "ONNX Runtime"]
     print(text_table(titles, [list(vars(row).values()) for row in rows], right=()))

@@ -27,6 +27,9 @@ from tqdm import tqdm
 from maskaq_brevitas.errors import DataError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import MissingExtraError
+from maskaq_brevitas.models.families import class_count
+from maskaq_brevitas.models.families import read_logits
+from maskaq_brevitas.models.family import data_config
 from maskaq_brevitas.models.geometry import read_geometry
 
 __all__ = ["Accuracy", "LabelledData", "LabelledImages", "digits_images", "digits_split", "evaluate", "labelled_folder"]
@@ -144,8 +147,8 @@ def labelled_folder(
 
     Args:
         path: the folder.
-        model: its ``pretrained_cfg`` gives input size, interpolation, crop, mean and standard deviation.
-        num_classes: classes of the model. ``None`` takes ``model.num_classes``.
+        model: its ``pretrained_cfg`` gives interpolation, crop, mean and standard deviation.
+        num_classes: classes of the model. ``None`` takes those of the model.
         resize: whether timm's resize and centre crop are applied. ``None`` applies them unless every image has exactly
             the model's input size already: such a folder was resized and cropped when it was made, and doing it
             twice would cut its borders off.
@@ -161,7 +164,7 @@ def labelled_folder(
     if not root.is_dir():
         raise DataError(f"Expected a folder of labelled images, found none at '{root}'. Check the path.")
     if num_classes is None:
-        num_classes = cast(int, model.num_classes)
+        num_classes = class_count(model)
     in_table = (root / "labels.csv").is_file()
     files, labels = _read_labels_csv(root, num_classes) if in_table else _read_class_folders(root, num_classes)
     geometry = read_geometry(model)
@@ -180,7 +183,7 @@ def labelled_folder(
         )
     if resize or (resize is None and other_sizes):
         # The geometry is read from the model itself: its configuration does not know of another img_size.
-        config = timm.data.resolve_model_data_config(model)
+        config = data_config(model)
         config.update(input_size=geometry.input_size, mean=geometry.mean, std=geometry.std)
         transform = timm.data.create_transform(**config, is_training=False)
     else:
@@ -200,7 +203,7 @@ def evaluate(
     """Measures the accuracy of a float or quantized model. Its train/eval flags and its device are put back.
 
     Args:
-        model: images (batch x channels x height x width) -> logits (batch x classes).
+        model: images (batch x channels x height x width) -> logits (batch x classes), or transformers' output with them.
         dataset: map-style, gives ``(image, label)``.
         batch_size: images per step.
         limit: evaluate on this many images, evenly spaced over the data set; ``None`` or a larger number takes all.
@@ -231,7 +234,7 @@ def evaluate(
         model.eval().to(device or parameter.device)
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", disable=None if progress else True):
             with torch.no_grad():
-                logits = model(images.to(device or parameter.device)).cpu()
+                logits = read_logits(model, model(images.to(device or parameter.device))).cpu()
             if logits.ndim != 2 or len(logits) != len(images):
                 raise InputError(
                     f"Expected logits of shape (batch x classes) with a batch of {len(images)}, got "

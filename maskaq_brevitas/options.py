@@ -141,10 +141,11 @@ def _command_parser(command: str) -> tuple[argparse.ArgumentParser, dict[str, ar
 
 
 def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:
-    add("model", nargs="?", metavar="MODEL", help="'digits_vit' (shipped), or the name of a timm Vision Transformer")
+    add("model", nargs="?", metavar="MODEL", help="'digits_vit' (shipped), the name of a timm Vision Transformer, or "
+        "of one of torchvision ('torchvision:vit_b_16')")
     add("--config", metavar="FILE.yaml", help="options from a file, for example RUN/config.yaml of an earlier run; the "
         "command line overrides it (repeated --override add to it)")  # fmt: skip
-    add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm downloads its own")
+    add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm or torchvision downloads its own")
     add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
         "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY (one "
         "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to "

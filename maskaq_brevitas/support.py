@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import timm
 import torch
 from brevitas.graph.calibrate import quantization_status_manager
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from maskaq_brevitas.calibrator import DataFreeCalibrator
 from maskaq_brevitas.errors import ExportError, SkippedLayerWarning
 from maskaq_brevitas.export.formats import FORMATS
 from maskaq_brevitas.export.process import quiet
-from maskaq_brevitas.models.families import FAMILIES, REFUSED
+from maskaq_brevitas.models.families import REFUSED, known_families, read_logits
 from maskaq_brevitas.models.family import Family
 from maskaq_brevitas.models.fx import OneArgument
 from maskaq_brevitas.models.geometry import Geometry
@@ -42,7 +41,8 @@ class Support:
     """One row of the table.
 
     Attributes:
-        family, example: name of the family, and of the timm model whose small form was checked.
+        family, example: name of the family, and of the model whose small form was checked: timm's, or behind
+            ``torchvision:`` or ``transformers:``.
         swapped: quantized layers and matmul operands.
         macs: share of the multiply-accumulates that runs quantized, and what does not.
         taps: attention modules that are tapped, by what their queries see.
@@ -88,10 +88,10 @@ def refusals() -> list[str]:
 
 
 def small_model(family: Family, example: str) -> nn.Module:
-    """A small model with random weights: all parameters are drawn, also those that timm starts at zero or one."""
+    """A small model with random weights: all parameters are drawn, also those that start at zero or one."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        model = timm.create_model(example, pretrained=False, **family.examples[example])
+        model = family.create(example, **family.examples[example])
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape)
     return model.eval()
@@ -131,7 +131,7 @@ def check_support(family: Family, example: str) -> SupportCheck:
 def _off_difference(model: nn.Module, swapped: nn.Module, images: Tensor) -> float:
     off = quantization_status_manager(swapped, disable_act_quant=True, disable_weight_quant=True, is_training=False)
     with torch.no_grad(), off:
-        return float((model(images) - swapped(images)).abs().max())
+        return float((read_logits(model, model(images)) - swapped(images)).abs().max())
 
 
 def _swapped_text(record: SwapRecord) -> str:
@@ -174,7 +174,7 @@ def _file_text(kind: str, quant_model: nn.Module, geometry: Geometry, images: Te
 def _measure_all() -> None:
     """Check every example of every family, print the rows, and keep them in the package."""
     rows = []
-    for family in FAMILIES:
+    for family in known_families(optional=True):
         for example in family.examples:
             check = check_support(family, example)
             rows.append(dataclasses.asdict(check.row))

@@ -253,7 +253,7 @@ def _bad_inputs(folder):
                        ("damaged", "a: [")):  # fmt: skip
         (folder / f"{name}.yaml").write_text(text)
     return {
-        "model": (["digits_vitt"], "Expected 'digits_vit' or the name of a timm model, got 'digits_vitt'"),
+        "model": (["digits_vitt"], "Expected 'digits_vit', the name of a timm model, or 'torchvision:'"),
         "no model": ([], "Expected a MODEL, got none"),
         "scheme": (["digits_vit", "--scheme", "w9a4"], "Unknown scheme 'w9a4'"),
         "pattern": (["digits_vit", "--override", "block.*=w8a8"], "The layer pattern 'block.*' matches nothing"),

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelAffine", "ExplicitAttention", "Tap", "additive_mask", "joined_linear"]
+__all__ = ["ChannelAffine", "ExplicitAttention", "Tap", "additive_mask", "joined_linear", "plain_linear"]
 
 
 class ChannelAffine(nn.Module):
@@ -90,9 +90,9 @@ class ExplicitAttention(nn.Module):
     mixes_probabilities: ClassVar[bool] = False
     unsigned_layers: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: nn.Module, num_heads: int | None = None):
         super().__init__()
-        self.num_heads = cast(int, source.num_heads)
+        self.num_heads = cast(int, source.num_heads) if num_heads is None else num_heads
         self.training = source.training
 
     def add_places(self, attn_drop: nn.Module | None = None) -> None:
@@ -159,8 +159,13 @@ def additive_mask(mask: Tensor | None, is_causal: bool, like: Tensor) -> Tensor 
 
 def joined_linear(weight: Tensor, *biases: Tensor) -> nn.Linear:
     """A linear layer of a shared weight and of biases that its owner keeps apart; these are copied."""
+    bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=weight.requires_grad)
+    return plain_linear(weight, bias)
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of a weight, ``(out_features, in_features)``, and a bias that exist; they are shared."""
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.out_features, layer.in_features = weight.shape
-    layer.weight = weight
-    layer.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=weight.requires_grad)
+    layer.weight, layer.bias = cast(nn.Parameter, weight), cast(nn.Parameter, bias)
     return layer

@@ -16,7 +16,7 @@ from timm.models._features import FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import FAMILIES, attention_modules, family_of, has_classes
+from maskaq_brevitas.models.families import attention_modules, class_count, family_of, known_families
 from maskaq_brevitas.models.geometry import read_geometry
 
 __all__ = ["HostedBackbone", "tensors_in"]
@@ -143,7 +143,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _checked_name(model: nn.Module, name: str) -> str:
     """``name``, if a backbone of a registered family is there."""
-    known = tuple(kind for family in FAMILIES for kind in family.models)
+    known = tuple(kind for family in known_families() for kind in family.models)
     places = [
         place
         for place, module in model.named_modules()
@@ -185,7 +185,7 @@ def _shown_class(backbone: nn.Module, trunk: nn.Module) -> type[nn.Module]:
         layout = backbone.output_fmt if needs_grid else "NLC"
         options = dict(indices=backbone.out_indices, norm=backbone.norm, output_fmt=layout, intermediates_only=True)
         return type(own.__name__, (_GivesFeatures, own), {"own": own, "intermediates": options})
-    if has_classes(trunk) and getattr(trunk, "num_classes", 0):
+    if class_count(trunk):
         return own
     return type(own.__name__, (_GivesFeatures, own), {"own": own})
 

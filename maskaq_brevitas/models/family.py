@@ -6,14 +6,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 from timm.data import resolve_model_data_config
 from timm.layers import GluMlp, Mlp, SwiGLU
-from torch import nn
+from torch import Tensor, nn
 
 from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention
 from maskaq_brevitas.models.layout import AttentionLayout
 
-__all__ = ["ChannelPlace", "Family", "attention_place", "block_places", "configured_input_size", "has_affine", "mlp_places"]
+__all__ = [
+    "ChannelPlace",
+    "Family",
+    "attention_place",
+    "block_places",
+    "configured_input_size",
+    "data_config",
+    "has_affine",
+    "mlp_places",
+]
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,42 @@ def _unbounded(_module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
+def _ready(_model: nn.Module) -> None:
+    """Nothing to do."""
+
+
+def _timm_classes(model: nn.Module) -> int | None:
+    return getattr(model, "num_classes", None)
+
+
+def _timm_classifier(model: nn.Module) -> tuple[nn.Module, ...]:
+    get_classifier = getattr(model, "get_classifier", None)
+    found = get_classifier() if get_classifier is not None else None
+    return tuple(found) if isinstance(found, (tuple, list)) else () if found is None else (found,)
+
+
+def _timm_class_token(model: nn.Module) -> bool:
+    return getattr(model, "cls_token", None) is not None
+
+
+def _timm_token_place(_model: nn.Module) -> str:
+    return "patch_drop"
+
+
+def _timm_head(model: Any) -> Callable[[Tensor], Tensor] | None:
+    if not hasattr(model, "forward_head") or not isinstance(getattr(model, "norm", None), nn.Module):
+        return None
+    return lambda tokens: model.forward_head(model.norm(tokens), pre_logits=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """An architecture family. All functions take a model, or a module of it, float or quantized.
 
     Attributes:
         name: of the family.
-        examples: names of timm models, and the arguments of ``timm.create_model`` that make a small one of each, on which the
-            family is checked (``maskaq models``).
+        examples: names of models, and the arguments of ``create`` that make a small one of each, on which the family is
+            checked (``maskaq models``).
         models: classes of its models.
         attention: attention type -> function that writes one such module out. Types match exactly: a subclass may compute
             something else, and its explicit form would silently differ.
@@ -65,6 +103,7 @@ class Family:
         other_places: further types that ``places`` is asked for.
         rewrites: further module type -> function that gives a module of the same parameters and the same names of
             children, in which linear layers see ``(batch, tokens, channels)``.
+        prepare: what a model needs before its parts are written out; in place.
         activated: module -> names of its linear children that read the output of an activation function, none by default
             (those of timm's Mlp are known).
         tables: types of modules that hold a table of parameters and compute nothing with it.
@@ -76,6 +115,17 @@ class Family:
         passages: name of a block -> name of the module that stands between the block before and this one.
         whole_grid: why no tokens can be left out; empty if they can.
         tail: why nothing can be computed from a block's output alone up to the features; empty if it can.
+        create: name of an example and its arguments -> the model, with random weights.
+        classes: number of classes, 0 for a model that gives features, None if the model does not tell.
+        classifier: the layers that give logits (two for a distilled DeiT).
+        class_token: whether the first prefix token is a class token.
+        embedding: shell pattern of the names of the convolutions that make patches of an image.
+        data: timm's data configuration (``mean``, ``std``, ``input_size`` ...) of the usual checkpoints, for models that
+            have no ``pretrained_cfg``.
+        token_place: name of the idle module behind the position embedding, where tokens can be left out.
+        head: tokens behind the last block -> features that the classifier reads, ``(batch, tokens, channels)`` to
+            ``(batch, features)``; None if the model does not name what follows its blocks.
+        logits: reads the logits out of the model's output, if that is no tensor.
     """
 
     name: str
@@ -86,15 +136,25 @@ class Family:
     places: Callable[[str, Any], list[ChannelPlace]]
     other_places: tuple[type[nn.Module], ...] = ()
     rewrites: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = field(default_factory=dict)
-    activated: Callable[[nn.Module], tuple[str, ...]] = _unbounded
+    prepare: Callable[[Any], None] = _ready
+    activated: Callable[[Any], tuple[str, ...]] = _unbounded
     tables: tuple[type[nn.Module], ...] = ()
     layouts: Callable[[Any], tuple[AttentionLayout, ...]] = _no_layouts
     grid: Callable[[Any], tuple[int, int]] | None = None
     input_size: Callable[[Any], tuple[int, int]] | None = None
-    prefix: Callable[[nn.Module], int] = _model_prefix
+    prefix: Callable[[Any], int] = _model_prefix
     passages: Callable[[Any], dict[str, str]] = _no_passages
     whole_grid: str = ""
     tail: str = ""
+    create: Callable[..., nn.Module] = timm.create_model
+    classes: Callable[[Any], int | None] = _timm_classes
+    classifier: Callable[[Any], tuple[nn.Module, ...]] = _timm_classifier
+    class_token: Callable[[Any], bool] = _timm_class_token
+    embedding: str = "patch_embed*"
+    data: Mapping[str, Any] = field(default_factory=dict)
+    token_place: Callable[[Any], str] = _timm_token_place
+    head: Callable[[Any], Callable[[Tensor], Tensor] | None] = _timm_head
+    logits: Callable[[Any], Tensor] | None = None
 
 
 def block_places(name: str, block: nn.Module) -> list[ChannelPlace]:
@@ -141,4 +201,16 @@ def has_affine(norm: object) -> bool:
 
 def configured_input_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of the images by timm's configuration of a model, in pixels, where its layers do not tell."""
-    return resolve_model_data_config(model)["input_size"][1:]
+    return data_config(model)["input_size"][1:]
+
+
+def data_config(model: nn.Module, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """timm's data configuration of a model: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct`` ...
+
+    It is read from the attribute ``pretrained_cfg``, which may be set on any model, also on one that is not timm's.
+
+    Args:
+        defaults: what holds where the model says nothing, in front of timm's own defaults (those of ImageNet, 224 px).
+    """
+    own = getattr(model, "pretrained_cfg", None) or {}
+    return resolve_model_data_config(model, pretrained_cfg={**(defaults or {}), **own})

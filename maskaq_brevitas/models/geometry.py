@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_layouts, attention_modules, block_prefix, family_of
+from maskaq_brevitas.models.families import (
+    attention_layouts,
+    attention_modules,
+    block_prefix,
+    class_count,
+    family_of,
+    has_class_token,
+)
+from maskaq_brevitas.models.family import data_config
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["Geometry", "read_geometry"]
@@ -63,7 +70,11 @@ class Geometry:
 
 
 def read_geometry(model: nn.Module) -> Geometry:
-    """The geometry of a model, read from it; nothing is assumed.
+    """The geometry of a model, read from it.
+
+    Mean and standard deviation (and the input size of a model that takes any) stand in no layer. They are read from the
+    attribute ``pretrained_cfg`` that timm puts on its models and that may be set on any other: ``model.pretrained_cfg =
+    dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))``. Without it they are those of the family's usual checkpoints.
 
     Raises:
         ModelError: if the model has no attention, or no patch embedding to read the grid from.
@@ -80,18 +91,17 @@ def read_geometry(model: nn.Module) -> Geometry:
             f"{type(model).__name__} has attention, but no patch_embed.grid_size to read the patch grid from. "
             "Expected a timm VisionTransformer with a fixed input size (img_size)."
         )
-    data = resolve_model_data_config(model)
+    data = data_config(model, family.data if family is not None else None)
     channels = _input_channels(model)
     image_size = getattr(embedding, "img_size", None) or data["input_size"][1:]
     if family is not None and family.input_size is not None:
         image_size = family.input_size(model)
-    prefix = block_prefix(model)
     return Geometry(
         input_size=(channels, int(image_size[0]), int(image_size[1])),
         grid=(int(grid[0]), int(grid[1])),
-        prefix_tokens=prefix,
-        class_token=prefix > 0 and getattr(model, "cls_token", None) is not None,
-        num_classes=int(getattr(model, "num_classes", 0) or 0),
+        prefix_tokens=block_prefix(model),
+        class_token=has_class_token(model),
+        num_classes=class_count(model),
         mean=_per_channel(data["mean"], channels),
         std=_per_channel(data["std"], channels),
         layouts=attention_layouts(model),

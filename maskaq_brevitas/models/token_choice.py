@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import family_of
+from maskaq_brevitas.models.families import family_of, token_place
 
 __all__ = ["TokenChoice", "check_token_choice", "draw_tokens", "patch_count", "patch_tokens", "token_choice", "why_all_tokens"]
 
@@ -34,7 +34,7 @@ def token_choice(models: Sequence[nn.Module]) -> Iterator[TokenChoice]:
     augmentation of its training.
 
     Args:
-        models: timm ViTs, which have an idle ``patch_drop`` at that place.
+        models: which have an idle module at that place (timm's ViTs: ``patch_drop``).
 
     Yields:
         Their common :class:`TokenChoice`; set its ``indices`` before a forward pass.
@@ -45,14 +45,14 @@ def token_choice(models: Sequence[nn.Module]) -> Iterator[TokenChoice]:
     for model in models:
         check_token_choice(model)
     choice = TokenChoice()
-    originals = [model.patch_drop for model in models]
+    originals = [(model, token_place(model), model.get_submodule(token_place(model))) for model in models]
     try:
-        for model in models:
-            model.patch_drop = choice
+        for model, place, _ in originals:
+            model.set_submodule(place, choice)
         yield choice
     finally:
-        for model, original in zip(models, originals, strict=True):
-            model.patch_drop = original
+        for model, place, original in originals:
+            model.set_submodule(place, original)
 
 
 def check_token_choice(model: nn.Module) -> None:
@@ -71,16 +71,22 @@ def why_all_tokens(model: nn.Module) -> str:
     family = family_of(model)
     if family is not None and family.whole_grid:
         return family.whole_grid
-    idle = isinstance(getattr(model, "patch_drop", None), nn.Identity)
-    return "" if idle else "it has no idle patch_drop module behind its position embedding"
+    place = token_place(model)
+    found = dict(model.named_modules()).get(place)
+    idle = isinstance(found, nn.Identity) or (isinstance(found, nn.Dropout) and found.p == 0)
+    return "" if idle else f"it has no idle {place} module behind its position embedding"
 
 
 def patch_count(model: nn.Module) -> int:
-    """Patch tokens of a timm ViT at its own input size.
+    """Patch tokens of a model at its own input size.
 
     Raises:
         ModelError: if the model does not tell.
     """
+    family = family_of(model)
+    if family is not None and family.grid is not None:
+        rows, columns = family.grid(model)
+        return rows * columns
     count = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if count is None:
         raise ModelError(f"{type(model).__name__} does not tell its number of patches; use kept_tokens=1.")

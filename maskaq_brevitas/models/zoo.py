@@ -1,15 +1,16 @@
-"""Loads a float model by name: any timm model, or ``digits_vit``, the small one that is shipped with the package."""
+"""Loads a float model by name: ``digits_vit``, the small one that is shipped, any of timm, or a ViT or Swin of torchvision."""
 
 import difflib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import timm
 import torch
+import torchvision.models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch import nn
@@ -20,14 +21,20 @@ from maskaq_brevitas.errors import ModelError
 __all__ = ["available_models", "load_model"]
 
 SHIPPED_MODEL = "digits_vit"
+_TORCHVISION = "torchvision:"
 
 
 def available_models() -> list[str]:
-    """Names that :func:`load_model` takes: the shipped ``digits_vit`` first, then every architecture of timm.
+    """Names that :func:`load_model` takes: ``digits_vit`` first, then every architecture of timm, then torchvision's.
 
     Loading is not quantizing: timm's convolutional networks load too, and are refused later.
     """
-    return [SHIPPED_MODEL, *timm.list_models()]
+    return [SHIPPED_MODEL, *timm.list_models(), *_torchvision_models()]
+
+
+def _torchvision_models() -> list[str]:
+    names = torchvision.models.list_models(module=torchvision.models)
+    return [_TORCHVISION + name for name in names if name.startswith(("vit_", "swin_"))]
 
 
 def load_model(name: str, *, checkpoint: str | Path | None = None, num_classes: int | None = None) -> nn.Module:
@@ -37,9 +44,10 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, num_classes: 
     size, mean and standard deviation. The caller's random state is left as it was.
 
     Args:
-        name: ``digits_vit``, or a timm name with or without a tag (``deit_tiny_patch16_224.fb_in1k``).
-        checkpoint: a ``.safetensors`` file with the weights, in timm's own key names. ``None`` takes the weights
-            shipped with the package for ``digits_vit``, and timm's pretrained download for everything else.
+        name: ``digits_vit``; a timm name with or without a tag (``deit_tiny_patch16_224.fb_in1k``); or a Vision
+            Transformer of torchvision (``torchvision:vit_b_16``).
+        checkpoint: a ``.safetensors`` file with the weights, in the library's own key names. ``None`` takes the weights
+            shipped with the package for ``digits_vit``, and the library's pretrained download for everything else.
         num_classes: classes of the head. ``None`` takes the number in the checkpoint.
 
     Raises:
@@ -50,6 +58,8 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, num_classes: 
     with torch.random.fork_rng(devices=[]):  # building a model draws random weights
         if name == SHIPPED_MODEL:
             model = _digits_vit(checkpoint, num_classes)
+        elif name.startswith(_TORCHVISION):
+            model = _torchvision_model(name, checkpoint, num_classes)
         elif checkpoint is None:
             model = _timm_pretrained(name, num_classes)
         else:
@@ -59,12 +69,15 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, num_classes: 
 
 def _check_name(name: str) -> None:
     """Raises ModelError, with close matches, unless the shipped model or timm has that name and tag."""
-    if name == SHIPPED_MODEL:
+    if name in (SHIPPED_MODEL, *_torchvision_models()):
         return
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, available_models(), n=5)
         advice = f"Close matches: {', '.join(close)}." if close else "available_models() lists them all."
-        raise ModelError(f"Expected '{SHIPPED_MODEL}' or the name of a timm model, got '{name}'. {advice}")
+        raise ModelError(
+            f"Expected '{SHIPPED_MODEL}', the name of a timm model, or '{_TORCHVISION}' and that of a Vision Transformer of "
+            f"torchvision, got '{name}'. {advice}"
+        )
     architecture, _, tag = name.partition(".")
     tagged = timm.list_models(f"{architecture}.*", pretrained=True)
     if tag and name not in tagged:
@@ -102,18 +115,26 @@ def _timm_pretrained(name: str, num_classes: int | None) -> nn.Module:
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # the download raises errors of huggingface_hub, requests, urllib, OSError, RuntimeError
-        raise CheckpointError(
-            f"Expected timm to download the pretrained weights of '{name}', got {type(error).__name__}: "
-            f"{str(error).rstrip('.')}. "
-            f"Without network or where none exist, pass a file: checkpoint='weights.safetensors' (--checkpoint)."
-        ) from error
+        raise _no_download("timm", name, error) from error
     if num_classes not in (None, model.num_classes):
         # timm would give a head with random weights here.
-        raise CheckpointError(
-            f"Expected num_classes={model.num_classes}, the classes of the pretrained weights of '{name}', got "
-            f"{num_classes}. Pass a checkpoint that was trained with {num_classes} classes, or leave num_classes out."
-        )
+        raise _other_classes(name, cast(int, model.num_classes), num_classes)
     return model
+
+
+def _no_download(library: str, name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"Expected {library} to download the pretrained weights of '{name}', got {type(error).__name__}: "
+        f"{str(error).rstrip('.')}. "
+        f"Without network or where none exist, pass a file: checkpoint='weights.safetensors' (--checkpoint)."
+    )
+
+
+def _other_classes(name: str, classes: int, num_classes: int | None) -> CheckpointError:
+    return CheckpointError(
+        f"Expected num_classes={classes}, the classes of the pretrained weights of '{name}', got "
+        f"{num_classes}. Pass a checkpoint that was trained with {num_classes} classes, or leave num_classes out."
+    )
 
 
 def _timm_from_file(name: str, checkpoint: Path, num_classes: int | None) -> nn.Module:
@@ -141,6 +162,40 @@ def _timm_from_file(name: str, checkpoint: Path, num_classes: int | None) -> nn.
     except (RuntimeError, KeyError) as error:
         raise _does_not_fit(str(checkpoint), name, misfits or [str(error)]) from error
     model.pretrained_cfg = model.default_cfg = {**original_cfg, "num_classes": template.num_classes}
+    return model
+
+
+def _torchvision_model(name: str, checkpoint: str | Path | None, num_classes: int | None) -> nn.Module:
+    """Builds a model of torchvision, with the weights that torchvision downloads (or finds in its cache) or of a file.
+
+    Its ``pretrained_cfg`` is that of timm for the transforms of torchvision's best weights.
+    """
+    architecture = name.removeprefix(_TORCHVISION)
+    best = torchvision.models.get_model_weights(architecture).DEFAULT
+    classes = len(best.meta["categories"])
+    if checkpoint is None:
+        if num_classes not in (None, classes):
+            raise _other_classes(name, classes, num_classes)
+        try:
+            model = torchvision.models.get_model(architecture, weights=best)
+        except Exception as error:  # the download raises errors of urllib, OSError, RuntimeError
+            raise _no_download("torchvision", name, error) from error
+    else:
+        weights = _read(Path(checkpoint))
+        head = weights.get("heads.head.weight", weights.get("head.weight"))
+        classes = num_classes or (classes if head is None else head.shape[0])
+        model = torchvision.models.get_model(architecture, weights=None, num_classes=classes)
+        misfits = _misfits(model.state_dict(), weights)
+        if misfits:
+            raise _does_not_fit(str(checkpoint), name, misfits)
+        model.load_state_dict(weights)
+    transform = best.transforms()
+    size = getattr(model, "image_size", transform.crop_size[0])
+    model.pretrained_cfg = dict(
+        architecture=name, input_size=(3, size, size), num_classes=classes, mean=tuple(transform.mean),
+        std=tuple(transform.std), interpolation=transform.interpolation.value,
+        crop_pct=transform.crop_size[0] / transform.resize_size[0],
+    )  # fmt: skip
     return model
 
 

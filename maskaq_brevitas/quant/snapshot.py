@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_modules, write_out
+from maskaq_brevitas.models.families import answer_logits, attention_modules, write_out
 from maskaq_brevitas.models.graph_attention import is_graph_module, put_taps
 
 __all__ = ["FakeQuantize", "FrozenLayer", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
@@ -105,6 +105,7 @@ def frozen_snapshot(quant_model: nn.Module, input_size: Sequence[int] | None = N
         ModelError: if a layer or quantizer cannot be frozen (not Linear or Conv2d, per group, or dynamic).
     """
     snapshot = copy.deepcopy(quant_model).eval().requires_grad_(False)
+    answer_logits(snapshot)
     if is_graph_module(snapshot):
         put_taps(snapshot)  # for good: who opens them later need not compile the graph anew
     with torch.no_grad():

@@ -20,6 +20,8 @@ from maskaq_brevitas.models.attention import ChannelAffine
 from maskaq_brevitas.models.families import (
     attention_modules,
     channel_places,
+    classifier_layers,
+    embedding_pattern,
     is_table,
     layers_behind_activation,
     unknown_attention_modules,
@@ -78,11 +80,11 @@ def plan_bits(
         ConfigurationError: if a pattern matches nothing, or a width is malformed.
         ModelError: if the model has no known attention.
     """
-    head = _classifier_names(model)
+    head, embedding = _classifier_names(model), embedding_pattern(model)
     bits: dict[str, LayerBits] = {}
     for name, module in written_out(model):
         if type(module) in (nn.Linear, nn.Conv2d):
-            if isinstance(module, nn.Conv2d) and name.startswith("patch_embed"):
+            if isinstance(module, nn.Conv2d) and fnmatchcase(name, embedding):
                 bits[name] = scheme.patch_embed
             else:
                 bits[name] = scheme.head if name in head else scheme.bits
@@ -262,9 +264,7 @@ def _fill_slots(model: nn.Module) -> None:
 
 def _classifier_names(model: nn.Module) -> set[str]:
     """Names of the final classifier layers (two for a distilled DeiT)."""
-    get_classifier = getattr(model, "get_classifier", None)
-    found = get_classifier() if get_classifier is not None else None
-    heads = found if isinstance(found, (tuple, list)) else (found,)
+    heads = classifier_layers(model)
     return {name for name, module in model.named_modules() if any(module is head for head in heads)}
 
 

@@ -21,7 +21,7 @@ from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.errors import InputError, ModelError, TuningError
 from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
 from maskaq_brevitas.models.block_tap import block_tap
-from maskaq_brevitas.models.families import has_classes
+from maskaq_brevitas.models.families import has_classes, read_logits
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.token_choice import TokenChoice, draw_tokens, patch_count, token_choice
 from maskaq_brevitas.quant.trainable import biases_follow, compile_blocks, scales_turn, set_pivots, training_twin
@@ -250,7 +250,7 @@ class Distiller:
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             with torch.no_grad():
                 float_logits = self.teacher(images)
-            quant_logits = self.network(images)
+            quant_logits = read_logits(self.quant_model, self.network(images))
         divergence = output_divergence(
             float_logits, quant_logits, has_classes(self.quant_model), self.config.temperature
         )

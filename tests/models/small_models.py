@@ -5,11 +5,18 @@ import functools
 import timm
 import torch
 
+from maskaq_brevitas.models.families import known_families
+
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 SWIN = dict(img_size=32, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=5)
 PYRAMID = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(1, 2), mlp_ratios=(2, 2), num_classes=5)
 
-#: Name -> timm model, arguments.
+TORCHVISION = dict(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5)
+WINDOWS = dict(patch_size=[4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 2], num_classes=5)
+HF = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5)
+HF_SWIN = dict(patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_labels=5)
+
+#: Name -> timm model or example of a family, arguments.
 MODELS = {
     "vit": ("vit_tiny_patch16_224", VIT),
     "vit_wide": ("vit_tiny_patch16_224", dict(VIT, img_size=(16, 48), in_chans=5)),
@@ -47,16 +54,30 @@ MODELS = {
             pretrained_cfg_overlay=dict(input_size=(3, 40, 32)),
         ),
     ),
+    "tv_vit": ("torchvision:vit_b_16", dict(TORCHVISION, representation_size=24)),
+    "tv_swin": ("torchvision:swin_t", dict(WINDOWS, img_size=(32, 32), window_size=[4, 4])),
+    "tv_swin_padded": ("torchvision:swin_t", dict(WINDOWS, img_size=(36, 28), window_size=[3, 5])),
+    "tv_swin_v2": ("torchvision:swin_v2_t", dict(WINDOWS, img_size=(36, 28), window_size=[4, 4])),
+    "hf_vit": (
+        "transformers:ViTForImageClassification",
+        dict(HF, image_size=(16, 48), num_channels=5, hidden_act="relu", qkv_bias=False),
+    ),
+    "hf_deit": ("transformers:DeiTForImageClassificationWithTeacher", HF),
+    "hf_dinov2": ("transformers:Dinov2ForImageClassification", dict(HF, num_labels=0, attn_implementation="eager")),
+    "hf_dinov2_swiglu": ("transformers:Dinov2ForImageClassification", dict(HF, use_swiglu_ffn=True)),
+    "hf_swin": ("transformers:SwinForImageClassification", dict(HF_SWIN, image_size=32, window_size=4)),
+    "hf_swin_padded": ("transformers:SwinForImageClassification", dict(HF_SWIN, image_size=(36, 28), window_size=3)),
 }  # fmt: skip
 
 
 @functools.cache
 def build(name):
     """One of :data:`MODELS`; shared by the tests, so copy it before changing it."""
-    timm_name, options = MODELS[name]
+    example, options = MODELS[name]
+    creators = {known: family.create for family in known_families(optional=":" in example) for known in family.examples}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(timm_name, **options)
+        model = creators.get(example, timm.create_model)(example, **options)
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn(parameter.shape)
     return model.eval().requires_grad_(False)

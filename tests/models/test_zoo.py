@@ -7,10 +7,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision.models
 from timm.layers import Attention
 
 from maskaq_brevitas.errors import CheckpointError
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import available_models
 from maskaq_brevitas.models.zoo import load_model
 
@@ -142,3 +144,36 @@ def test_pretrained_head_is_never_replaced_by_a_random_one(monkeypatch, tiny_vit
 def test_available_models():
     names = available_models()
     assert names[0] == "digits_vit" and NAME in names and len(names) == len(set(names))
+    assert "torchvision:vit_b_16" in names and "torchvision:swin_v2_t" in names and "torchvision:resnet18" not in names
+
+
+def test_torchvision_model_from_a_file(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        weights = torchvision.models.swin_t(num_classes=7).state_dict()
+    path = write(tmp_path, weights)
+    model = load_model("torchvision:swin_t", checkpoint=path)
+    assert not model.training and all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    geometry = read_geometry(model)
+    assert geometry.num_classes == 7 and geometry.input_size == (3, 224, 224) and geometry.std == (0.229, 0.224, 0.225)
+    config = timm.data.resolve_model_data_config(model)
+    # torchvision resizes to 232 pixels for these weights and cuts 224 out.
+    assert config["interpolation"] == "bicubic" and config["crop_pct"] == pytest.approx(224 / 232)
+    with pytest.raises(CheckpointError, match=r"fit 'torchvision:swin_t', got others .*head.weight': expected \(9, 768\)"):
+        load_model("torchvision:swin_t", checkpoint=path, num_classes=9)
+    with pytest.raises(CheckpointError, match="fit 'torchvision:swin_v2_t'"):
+        load_model("torchvision:swin_v2_t", checkpoint=path)
+
+
+def test_torchvision_names_and_downloads(monkeypatch):
+    with pytest.raises(ModelError, match="got 'torchvision:vit_b_17'. Close matches: .*torchvision:vit_b_16"):
+        load_model("torchvision:vit_b_17")
+    with pytest.raises(CheckpointError, match="Expected num_classes=1000, .* got 5"):
+        load_model("torchvision:vit_b_16", num_classes=5)
+
+    def offline(*args, **kwargs):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(CheckpointError, match="Expected torchvision to download .*got OSError: no network here.*--checkpoint"):
+        load_model("torchvision:vit_b_16")

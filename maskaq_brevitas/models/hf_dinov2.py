@@ -1,0 +1,50 @@
+"""Hugging Face transformers' DINOv2 (``Dinov2ForImageClassification``)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
+from transformers.models.dinov2.modeling_dinov2 import Dinov2ForImageClassification
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
+from transformers.models.dinov2.modeling_dinov2 import Dinov2MLP
+from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
+
+from maskaq_brevitas.models.family import ChannelPlace, Family, has_affine
+from maskaq_brevitas.models.hf_common import ExplicitHFAttention, hf_places, hf_traits, timm_mlp
+
+__all__ = ["FAMILY"]
+
+
+def _places(name: str, block: Any) -> list[ChannelPlace]:
+    places = hf_places("norm1", "norm2")(name, block)
+    if isinstance(block.mlp, Dinov2SwiGLUFFN) and has_affine(block.norm2):
+        places.append(ChannelPlace(f"{name}.norm2", None, (f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")))
+    return places
+
+
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
+    """The class token, and the mean of the patches."""
+
+    def features(tokens: Tensor) -> Tensor:
+        tokens = model.base_model.layernorm(tokens)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+
+    return features
+
+
+FAMILY = Family(
+    name="transformers DINOv2",
+    examples={
+        "transformers:Dinov2ForImageClassification": dict(
+            image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, num_labels=10
+        )
+    },  # fmt: skip
+    attention={Dinov2Attention: ExplicitHFAttention},
+    blocks=(Dinov2Layer,),
+    places=_places,
+    rewrites={Dinov2MLP: timm_mlp},
+    head=_head,
+    **hf_traits(Dinov2ForImageClassification, prefix=1),
+)

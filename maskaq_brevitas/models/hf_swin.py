@@ -1,0 +1,182 @@
+"""Hugging Face transformers' Swin (``SwinForImageClassification``): its encoder written out for one grid of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.swin.modeling_swin import SwinAttention
+from transformers.models.swin.modeling_swin import SwinEncoder
+from transformers.models.swin.modeling_swin import SwinEncoderOutput
+from transformers.models.swin.modeling_swin import SwinForImageClassification
+from transformers.models.swin.modeling_swin import SwinLayer
+
+from maskaq_brevitas.models.family import ChannelPlace, Family, has_affine, mlp_places
+from maskaq_brevitas.models.hf_common import ExplicitHFAttention, hf_places, hf_traits, timm_mlp
+from maskaq_brevitas.models.layout import AttentionLayout
+from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL, merged_patches, window_bias
+from maskaq_brevitas.models.windows import cut_windows, joined_windows, shift_mask
+
+__all__ = ["ExplicitHFWindowAttention", "FAMILY", "PlainSwinEncoder"]
+
+
+class ExplicitHFWindowAttention(ExplicitHFAttention):
+    """transformers' ``SwinAttention``, written out: ``(batch * windows, tokens, dim)`` to the same, and None.
+
+    The bias is looked up in its table in every pass, so the table can be trained.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, source: Any):
+        super().__init__(source)
+        table = source.relative_position_bias
+        self.relative_position_bias_table = table.relative_position_bias_table
+        self.register_buffer("relative_position_index", table.relative_position_index, persistent=False)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_ignored: Any) -> tuple[Tensor, None]:
+        return self.attended(hidden_states, window_bias(self.position_bias(), attention_mask)), None
+
+    def position_bias(self) -> Tensor:
+        """``(heads, tokens, tokens)``."""
+        area = math.isqrt(len(self.relative_position_index))
+        return self.relative_position_bias_table[self.relative_position_index].unflatten(0, (area, area)).permute(2, 0, 1)
+
+
+class PlainSwinLayer(nn.Module):
+    """A block, ``(batch, tokens, channels)`` to the same, for tokens of one ``grid``, ``(rows, columns)``."""
+
+    def __init__(self, source: Any, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.window, self.shift = _window(source, grid)
+        self.layernorm_before = source.layernorm_before
+        self.attention = ExplicitHFWindowAttention(source.attention)
+        self.layernorm_after = source.layernorm_after
+        self.mlp = timm_mlp(source.mlp)
+        self.dropout = source.dropout
+        self.drop_path = source.drop_path
+        self.training = source.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = cut_windows(self.layernorm_before(x).unflatten(1, self.grid), self.window, self.shift)
+        mask = shift_mask(self.grid, self.window, self.shift, x) if any(self.shift) else None
+        attended = joined_windows(self.dropout(self.attention(windows, mask)[0]), self.grid, self.window, self.shift)
+        x = x + self.drop_path(attended.flatten(1, 2))
+        return x + self.dropout(self.mlp(self.layernorm_after(x)))
+
+
+class PlainPatchMerging(nn.Module):
+    """transformers' ``SwinPatchMerging`` for tokens of one grid."""
+
+    def __init__(self, source: Any, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.norm = source.norm
+        self.reduction = source.reduction
+        self.training = source.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(self.norm(merged_patches(x.unflatten(1, self.grid))[0]))
+
+
+class PlainSwinStage(nn.Module):
+    """Blocks, and the patch merging behind them."""
+
+    def __init__(self, source: Any, grid: tuple[int, int]):
+        super().__init__()
+        self.blocks = nn.ModuleList([PlainSwinLayer(block, grid) for block in source.blocks])
+        self.downsample = None if source.downsample is None else PlainPatchMerging(source.downsample, grid)
+        self.training = source.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class PlainSwinEncoder(nn.Module):
+    """transformers' ``SwinEncoder`` for the image size of its configuration, blocks taking and giving tokens alone."""
+
+    def __init__(self, source: Any):
+        super().__init__()
+        stages = zip(source.layers, _grids(source), strict=True)
+        self.layers = nn.ModuleList([PlainSwinStage(stage, grid) for stage, grid in stages])
+        self.training = source.training
+
+    def forward(self, hidden_states: Tensor, *_ignored: Any, **_also: Any) -> SwinEncoderOutput:
+        for stage in self.layers:
+            hidden_states = stage(hidden_states)
+        return SwinEncoderOutput(last_hidden_state=hidden_states)
+
+
+def _window(block: Any, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sides of a block's windows, and their shift: none where a window is as large as the grid."""
+    if isinstance(block, PlainSwinLayer):
+        return block.window, block.shift
+    side, shift = min(*grid, block.window_size), 0 if min(grid) <= block.window_size else block.shift_size
+    return (side, side), (shift, shift)
+
+
+def _grids(encoder: Any) -> list[tuple[int, int]]:
+    """Of each stage; the first block knows that of the image."""
+    first = encoder.layers[0].blocks[0]
+    rows, columns = first.grid if isinstance(first, PlainSwinLayer) else first.input_resolution
+    grids = []
+    for _ in encoder.layers:
+        grids.append((rows, columns))
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    return grids
+
+
+def _layouts(model: Any) -> tuple[AttentionLayout, ...]:
+    encoder, layouts = model.base_model.encoder, []
+    for grid, stage in zip(_grids(encoder), encoder.layers, strict=True):
+        for block in stage.blocks:
+            window, shift = _window(block, grid)
+            layouts.append(AttentionLayout(grid=grid, window=window, shift=shift))
+    return tuple(layouts)
+
+
+def _passages(model: Any) -> dict[str, str]:
+    """The first block of each stage but the first, and the patch merging in front of it."""
+    name = f"{model.base_model_prefix}.encoder.layers"
+    return {
+        f"{name}.{index}.blocks.0": f"{name}.{index - 1}.downsample" for index in range(1, len(model.base_model.encoder.layers))
+    }
+
+
+def _places(name: str, module: Any) -> list[ChannelPlace]:
+    if isinstance(module, PlainPatchMerging):
+        return [ChannelPlace(f"{name}.norm", None, (f"{name}.reduction",))] if has_affine(module.norm) else []
+    # Windows that do not fit are filled up with zeros behind the LayerNorm, and a shifted channel's zero is another.
+    known = isinstance(module, PlainSwinLayer)
+    fits = known and all(side % part == 0 for side, part in zip(module.grid, module.window, strict=True))
+    both = hf_places("layernorm_before", "layernorm_after")
+    return both(name, module) if fits else mlp_places(name, module, "layernorm_after")
+
+
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: model.base_model.layernorm(tokens).mean(dim=1)
+
+
+FAMILY = Family(
+    name="transformers Swin",
+    examples={
+        "transformers:SwinForImageClassification": dict(
+            image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2), num_labels=10
+        )
+    },  # fmt: skip
+    attention={SwinAttention: ExplicitHFWindowAttention},
+    blocks=(SwinLayer, PlainSwinLayer),
+    places=_places,
+    other_places=(PlainPatchMerging,),
+    rewrites={SwinEncoder: PlainSwinEncoder},
+    layouts=_layouts,
+    passages=_passages,
+    head=_head,
+    whole_grid=WINDOWS_NEED_ALL,
+    **hf_traits(SwinForImageClassification, prefix=0),
+)
