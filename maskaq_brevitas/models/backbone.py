@@ -8,7 +8,7 @@ own layers under their own names, and puts a network of that kind, quantized or 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ class _GivesFeatures(nn.Module):
     own: type[nn.Module]
     intermediates: Mapping[str, Any] | None = None
     weights: tuple[float, ...] | None = None
+    forward_intermediates: Callable[..., Iterable[Tensor]]
+    forward_features: Callable[[Tensor], Tensor]
+    forward_head: Callable[[Tensor], Tensor]
 
     @property
     def num_classes(self) -> int:
@@ -198,7 +201,7 @@ def _seen_as(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def _equal_weights(network: nn.Module) -> tuple[float, ...]:
+def _equal_weights(network: Any) -> tuple[float, ...]:
     """A factor for each feature map that gives all of them the same power on images of noise."""
     training = {module: module.training for module in network.modules()}
     like = next(network.parameters())

@@ -81,8 +81,8 @@ def silent_quantizers(quant_model: nn.Module) -> list[str]:
     silent = []
     for name, module in quant_model.named_modules():
         for proxy in (getattr(module, "input_quant", None), getattr(module, "act_quant", None)):
-            scale = proxy.scale() if getattr(proxy, "is_quant_enabled", False) else None
-            if scale is not None and float(scale.max()) <= 2 * _SMALLEST_SCALE:
+            scale = proxy.scale() if proxy is not None and getattr(proxy, "is_quant_enabled", False) else None
+            if scale is not None and float(scale.detach().max()) <= 2 * _SMALLEST_SCALE:
                 silent.append(name)
     return silent
 
