@@ -1,10 +1,10 @@
 """A segmentation model whose Vision Transformer backbone is quantized without data.
 
-The model is a small timm ViT (``features_only``, 64 x 64 pixels, patch 8) under a head of two convolutions. It learns here to say
-of each pixel which of six materials it shows, on mosaics of photographs that scikit-image ships: the left half of each photograph
-is for training, the right half for testing. Then its backbone is quantized, with ranges from Gaussian noise, from synthetic
-images and from training images, and once more tuned on synthetic images; the table gives the mean intersection over union on
-the test mosaics.
+The model is a small timm ViT (``features_only``, 64 x 64 pixels, patch 8) under a head of two convolutions. It learns
+here to say of each pixel which of six materials it shows, on mosaics of photographs that scikit-image ships: the left
+half of each photograph is for training, the right half for testing. Then its backbone is quantized, with ranges from
+Gaussian noise, from synthetic images and from training images, and once more tuned on synthetic images; the table gives
+the mean intersection over union on the test mosaics.
 
     pip install scikit-image
     python examples/segmentation.py --output runs/segmentation
@@ -49,7 +49,8 @@ class Segmenter(nn.Module):
     def __init__(self, width: int = 96):
         super().__init__()
         self.encoder = timm.create_model(
-            "vit_tiny_patch16_224", features_only=True, out_indices=(1, 3, 5), img_size=SIDE, patch_size=PATCH, embed_dim=width,
+            "vit_tiny_patch16_224", features_only=True, out_indices=(1, 3, 5), img_size=SIDE, patch_size=PATCH,
+            embed_dim=width,
             depth=6, num_heads=3, mlp_ratio=3.0,
         )  # fmt: skip
         self.head = nn.Sequential(
@@ -143,16 +144,22 @@ def train(steps: int, mosaics_count: int, seed: int, batch: int = 32) -> tuple[n
         optimizer.step()
         schedule.step()
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1:4d}/{steps}  loss {loss.item():.3f}  {(time.perf_counter() - start) / 60:.1f} min", flush=True)
+            print(
+                f"step {step + 1:4d}/{steps}  loss {loss.item():.3f}  {(time.perf_counter() - start) / 60:.1f} min",
+                flush=True,
+            )
     return model.eval(), (time.perf_counter() - start) / 60
 
 
-def quantized_models(model: nn.Module, scheme: str, seed: int, args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor]:
+def quantized_models(
+    model: nn.Module, scheme: str, seed: int, args: argparse.Namespace
+) -> tuple[dict[str, nn.Module], Tensor]:
     """Frozen models by the images that they were quantized on, and the synthetic images in [0, 1]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SkippedLayerWarning)  # the head stays in float, as the table says
         calibrator = DataFreeCalibrator(
-            model, backbone="encoder", scheme=scheme, num_images=args.images, steps=args.steps, seed=seed, progress=False,
+            model, backbone="encoder", scheme=scheme, num_images=args.images, steps=args.steps, seed=seed,
+            progress=False,
         )  # fmt: skip
     generator = torch.Generator().manual_seed(1000 + seed)
     real, _ = mosaics(args.images, photographs(train=True), generator)
@@ -165,8 +172,10 @@ def quantized_models(model: nn.Module, scheme: str, seed: int, args: argparse.Na
     if args.tune_steps:
         epochs = max(1, args.tune_steps // 50)
         calibrator.quantize(DistillConfig(
-            epochs=epochs, steps_per_epoch=min(50, args.tune_steps), refresh_every=None, distance_weight=0.0, feature_weight=1.0,
-            augment="light", learning_rate=4e-5, final_learning_rate=4e-7, weight_learning_rate=2e-3, scale_learning_rate=5e-3,
+            epochs=epochs, steps_per_epoch=min(50, args.tune_steps), refresh_every=None, distance_weight=0.0,
+            feature_weight=1.0,
+            augment="light", learning_rate=4e-5, final_learning_rate=4e-7, weight_learning_rate=2e-3,
+            scale_learning_rate=5e-3,
         ))  # fmt: skip
         found["Synthetic images, tuned"] = calibrator.freeze()
     return found, calibrator.pool.pixels.float() / 255
@@ -187,7 +196,9 @@ def parser() -> argparse.ArgumentParser:
         description="Quantizes the backbone of a segmentation model without data.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    result.add_argument("--output", type=Path, default=Path("runs/segmentation"), help="folder for weights, figures, pictures")
+    result.add_argument(
+        "--output", type=Path, default=Path("runs/segmentation"), help="folder for weights, figures, pictures"
+    )
     result.add_argument("--weights", type=Path, help="safetensors file of a model trained before")
     result.add_argument("--train-steps", type=int, default=900, help="training steps of 32 mosaics")
     result.add_argument("--mosaics", type=int, default=2048, help="different mosaics to train on")
@@ -215,7 +226,9 @@ def main() -> None:
         model.load_state_dict(safetensors.torch.load_file(args.weights))
     images, labels = mosaics(args.test_mosaics, photographs(train=False), torch.Generator().manual_seed(77))
     reference = predicted(model, images)
-    table: dict[str, dict[str, list[float]]] = {"Float model": {scheme: [mean_iou(reference, labels)] for scheme in args.schemes}}
+    table: dict[str, dict[str, list[float]]] = {
+        "Float model": {scheme: [mean_iou(reference, labels)] for scheme in args.schemes}
+    }
     for scheme in args.schemes:
         for seed in args.seeds:
             start = time.perf_counter()
@@ -227,8 +240,12 @@ def main() -> None:
             print(f"{scheme}, seed {seed}: {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
             if seed == args.seeds[0]:
                 rows = {"truth": labels, "float": reference, **seen}
-                picture(args.output / f"{scheme}.png", images[:8], {name: row[:8] for name, row in rows.items()}, synthetic)
-    (args.output / "figures.json").write_text(json.dumps({"mIoU": table, "arguments": vars(args)}, indent=2, default=str) + "\n")
+                picture(
+                    args.output / f"{scheme}.png", images[:8], {name: row[:8] for name, row in rows.items()}, synthetic
+                )
+    (args.output / "figures.json").write_text(
+        json.dumps({"mIoU": table, "arguments": vars(args)}, indent=2, default=str) + "\n"
+    )
     print(f"\nmIoU [%] on {args.test_mosaics} test mosaics; backbone quantized, head in float; seeds {args.seeds}")
     print("\n".join(lines_of(table, args.schemes)))
 

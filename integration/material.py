@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch import Tensor
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
+from torch.utils.data import Subset
+from torch.utils.data import TensorDataset
 
 from maskaq_brevitas import load_model
-from maskaq_brevitas.errors import ConfigurationError, MaskAQError
-from maskaq_brevitas.evaluation import digits_split, evaluate, labelled_folder
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import MaskAQError
+from maskaq_brevitas.evaluation import digits_split
+from maskaq_brevitas.evaluation import evaluate
+from maskaq_brevitas.evaluation import labelled_folder
+from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL
 from maskaq_brevitas.report.report import text_table
-from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.synthesis.augment import pixel_noise
 
 __all__ = ["BATCH", "Material", "add_options", "print_table"]

@@ -5,11 +5,16 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from typing import Any
 
 if TYPE_CHECKING:
     from maskaq_brevitas.calibrator import DataFreeCalibrator
-    from maskaq_brevitas.config import DistillConfig, ReconstructConfig, Scheme, SynthesisConfig, resolve_scheme
+    from maskaq_brevitas.config import DistillConfig
+    from maskaq_brevitas.config import ReconstructConfig
+    from maskaq_brevitas.config import Scheme
+    from maskaq_brevitas.config import SynthesisConfig
+    from maskaq_brevitas.config import resolve_scheme
     from maskaq_brevitas.models.fx import prepare_for_fx
     from maskaq_brevitas.models.zoo import load_model
 

@@ -1,63 +1,81 @@
-"""``DataFreeCalibrator``: a calibration DataLoader for a model without data, and the facade over the stages of a run."""
+"""``DataFreeCalibrator``: a calibration DataLoader for a model without data, and the facade over the stages of a run.
+"""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.utils.data import DataLoader
 
-from maskaq_brevitas.config import (
-    DistillConfig,
-    EffortName,
-    ReconstructConfig,
-    Scheme,
-    SynthesisConfig,
-    TuningConfig,
-    from_mapping,
-    resolve_effort,
-    resolve_scheme,
-    to_mapping,
-)
-from maskaq_brevitas.errors import (
-    ConfigurationError,
-    DamagedFileError,
-    InputError,
-    RunDirectoryError,
-    SilentLayerWarning,
-    SkippedLayerWarning,
-)
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import EffortName
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import Scheme
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import TuningConfig
+from maskaq_brevitas.config import from_mapping
+from maskaq_brevitas.config import resolve_effort
+from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.config import to_mapping
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import DamagedFileError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.errors import SilentLayerWarning
+from maskaq_brevitas.errors import SkippedLayerWarning
 from maskaq_brevitas.models.backbone import HostedBackbone
 from maskaq_brevitas.models.families import block_names
-from maskaq_brevitas.models.geometry import Geometry, read_geometry
+from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.health import check_finite
-from maskaq_brevitas.models.token_choice import check_token_choice, why_all_tokens
-from maskaq_brevitas.progress import bars, random_stream, stage
-from maskaq_brevitas.quant.equalize import EqualizedPlace, equalize
+from maskaq_brevitas.models.token_choice import check_token_choice
+from maskaq_brevitas.models.token_choice import why_all_tokens
+from maskaq_brevitas.progress import bars
+from maskaq_brevitas.progress import random_stream
+from maskaq_brevitas.progress import stage
+from maskaq_brevitas.quant.equalize import EqualizedPlace
+from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
-from maskaq_brevitas.quant.swap import SwapRecord, swap_layers, with_layers_outside
-from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
-from maskaq_brevitas.synthesis.maker import PoolMaker, RefreshStart, device_batches, drop_batches
+from maskaq_brevitas.quant.swap import SwapRecord
+from maskaq_brevitas.quant.swap import swap_layers
+from maskaq_brevitas.quant.swap import with_layers_outside
+from maskaq_brevitas.run_directory import RunDirectory
+from maskaq_brevitas.run_directory import fingerprint
+from maskaq_brevitas.run_directory import installed_versions
+from maskaq_brevitas.synthesis.maker import PoolMaker
+from maskaq_brevitas.synthesis.maker import RefreshStart
+from maskaq_brevitas.synthesis.maker import device_batches
+from maskaq_brevitas.synthesis.maker import drop_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
-from maskaq_brevitas.tuning.allocate import allocate_widths, candidate_widths
-from maskaq_brevitas.tuning.calibrate import (
-    calibrate,
-    is_calibrated,
-    provisional_calibration,
-    returned_quant_tensors,
-    silent_quantizers,
-)
-from maskaq_brevitas.tuning.checkpoint import has_checkpoint, load_checkpoint
-from maskaq_brevitas.tuning.distill import OptimizerFactory, augment
-from maskaq_brevitas.tuning.distill_stage import DistillStage, refresh_is_due
-from maskaq_brevitas.tuning.ranges import search_ranges, set_channel_scales, undo_bias_correction
+from maskaq_brevitas.tuning.allocate import allocate_widths
+from maskaq_brevitas.tuning.allocate import candidate_widths
+from maskaq_brevitas.tuning.calibrate import calibrate
+from maskaq_brevitas.tuning.calibrate import is_calibrated
+from maskaq_brevitas.tuning.calibrate import provisional_calibration
+from maskaq_brevitas.tuning.calibrate import returned_quant_tensors
+from maskaq_brevitas.tuning.calibrate import silent_quantizers
+from maskaq_brevitas.tuning.checkpoint import has_checkpoint
+from maskaq_brevitas.tuning.checkpoint import load_checkpoint
+from maskaq_brevitas.tuning.distill import OptimizerFactory
+from maskaq_brevitas.tuning.distill import augment
+from maskaq_brevitas.tuning.distill_stage import DistillStage
+from maskaq_brevitas.tuning.distill_stage import refresh_is_due
+from maskaq_brevitas.tuning.ranges import search_ranges
+from maskaq_brevitas.tuning.ranges import set_channel_scales
+from maskaq_brevitas.tuning.ranges import undo_bias_correction
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.state import load_quant_state
 
@@ -71,20 +89,21 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
     """Synthetic calibration batches for a Vision Transformer, made from the model itself.
 
     A ``torch.utils.data.DataLoader``: iterating yields ``(images, labels)``, images normalised float32
-    ``(batch, channels, height, width)`` on the CPU, labels int64 ``(batch,)``. The images are made at first use and stay
-    the same on every pass, until :meth:`refresh` replaces them in place.
+    ``(batch, channels, height, width)`` on the CPU, labels int64 ``(batch,)``. The images are made at first use and
+    stay the same on every pass, until :meth:`refresh` replaces them in place.
 
     Args:
-        float_model: trained float model of a registered family of timm, torchvision or transformers (``maskaq models``).
-            It is not changed. The quant model of a transformers classifier gives its logits, a tensor. Mean and standard
-            deviation of another model than timm's are told by its ``pretrained_cfg``, see
+        float_model: trained float model of a registered family of timm, torchvision or transformers (``maskaq
+            models``). It is not changed. The quant model of a transformers classifier gives its logits, a tensor. Mean
+            and standard deviation of another model than timm's are told by its ``pretrained_cfg``, see
             :func:`~maskaq_brevitas.models.geometry.read_geometry`.
         quant_model: a Brevitas model of it that exists already, FX-traced (``brevitas.graph.quantize``) or not;
             ``None`` swaps the layers by ``scheme``.
         backbone: name of the module to quantize inside a larger model (detection, segmentation), such as
-            ``"backbone.body"``; the rest stays in float. Images are made from the backbone alone. :attr:`quant_model` and all
-            that methods return is the larger model; :attr:`float_model` and :attr:`quant_backbone` are the backbone as a network
-            from images to its features (:class:`~maskaq_brevitas.models.backbone.HostedBackbone`).
+            ``"backbone.body"``; the rest stays in float. Images are made from the backbone alone. :attr:`quant_model`
+            and all that methods return is the larger model; :attr:`float_model` and :attr:`quant_backbone` are the
+            backbone as a network from images to its features
+            (:class:`~maskaq_brevitas.models.backbone.HostedBackbone`).
         scheme: name (``"w4a8"``, ``"strict-w4a4"`` ...) or :class:`~maskaq_brevitas.config.Scheme`.
         overrides: shell pattern of layer names -> ``wXaY``.
         effort: ``"fast"`` (calibration only), ``"default"`` or ``"best"``: sets ``num_images``, ``synthesis`` and
@@ -260,8 +279,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if self.run is not None and has_checkpoint(self.run):
             # Images made anew would be those of before the refreshes that the tuned model has seen.
             raise DamagedFileError(
-                f"{self.run.path / 'images.safetensors'} is missing, but the quant model has been tuned on it. Put the file "
-                "back, or start the run again with --overwrite."
+                f"{self.run.path / 'images.safetensors'} is missing, but the quant model has been tuned on it. Put the "
+                "file back, or start the run again with --overwrite."
             )
         # Calibration loops iterate under no_grad or in inference mode, whose tensors could not be differentiated.
         with torch.inference_mode(False), torch.no_grad(), self.stage("synthesis"):
@@ -282,7 +301,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         silent = silent_quantizers(self._quant_model)
         if silent:
             warnings.warn(
-                f"The synthetic images give nothing but zeros (or one value) at the input of {', '.join(silent)}: what other "
+                f"The synthetic images give nothing but zeros (or one value) at the input of {', '.join(silent)}: what "
+                "other "
                 "images give there will be clipped. More images (num_images) may reach it.", SilentLayerWarning,
                 stacklevel=2,
             )  # fmt: skip
@@ -301,8 +321,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         errors and refreshes.
 
         Args:
-            tuning: as in the constructor; ``None`` means that of the constructor, and if that is ``None`` too, nothing is
-                tuned.
+            tuning: as in the constructor; ``None`` means that of the constructor, and if that is ``None`` too, nothing
+                is tuned.
             optimizer: builds another optimiser for distillation than ``DistillConfig.optimizer``, for example
                 ``torch.optim.RMSprop``.
 
@@ -436,7 +456,9 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             "synthesis": to_mapping(self.synthesis),
             **({"tuning": _described(self.tuning)} if self.tuning else {}),
             **({} if self._owns_quant_model else {"quant_model": self._given_quant_model}),
-            **({} if self.hosted is None else {"backbone": f"{self.hosted.name} of {type(self.hosted.model).__name__}"}),
+            **(
+                {} if self.hosted is None else {"backbone": f"{self.hosted.name} of {type(self.hosted.model).__name__}"}
+            ),
             "seed": self.seed,
             "model": type(self.float_model).__name__,
             "weights": fingerprint(self.float_model),
@@ -528,7 +550,10 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             self._calibrated(quant_model, batches)
             return quant_model
 
-        with self.stage("choice of bit widths"), self._bar(len(candidate_widths(average)), "Measuring bit widths") as bar:
+        with (
+            self.stage("choice of bit widths"),
+            self._bar(len(candidate_widths(average)), "Measuring bit widths") as bar,
+        ):
             allocated = allocate_widths(
                 self.float_model, self.maker.float_snapshot, self.scheme, self.overrides, batches, calibrated,
                 on_width=lambda _: bar.update(),
@@ -554,7 +579,10 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if self._owns_quant_model and self.scheme.equalize:
             # Ranges have to hold for images unlike these: crops, mixtures, other colours and contrasts of them help.
             varied = random_stream(self.seed, _VARIANTS)
-            batches = [*batches, *(augment(images.cpu(), "cutmix", varied, self.geometry).to(self.device) for images in batches)]
+            batches = [
+                *batches,
+                *(augment(images.cpu(), "cutmix", varied, self.geometry).to(self.device) for images in batches),
+            ]
             places = equalize(quant_model, batches)
         calibrate(quant_model, batches)
         set_channel_scales(quant_model, {
@@ -578,8 +606,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
     def _provisional_snapshot(self, batches: list[Tensor]) -> nn.Module:
         """A snapshot calibrated on ``batches``, with the quant model left as it was.
 
-        Brevitas ignores a second calibration, so a model that was given must stay uncalibrated; and a resumed run, which
-        skips this, must start its calibration from the same bytes.
+        Brevitas ignores a second calibration, so a model that was given must stay uncalibrated; and a resumed run,
+        which skips this, must start its calibration from the same bytes.
         """
         if self._owns_quant_model:
             quant_model = self._swapped(self.scheme, self.overrides)

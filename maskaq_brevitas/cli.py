@@ -6,12 +6,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 from maskaq_brevitas import __version__
-from maskaq_brevitas.errors import MaskAQError, MaskAQWarning
-from maskaq_brevitas.options import COMMANDS, parse, top_parser
+from maskaq_brevitas.errors import MaskAQError
+from maskaq_brevitas.errors import MaskAQWarning
+from maskaq_brevitas.options import COMMANDS
+from maskaq_brevitas.options import parse
+from maskaq_brevitas.options import top_parser
 
 __all__ = ["main"]
 

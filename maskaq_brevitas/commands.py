@@ -10,20 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig, resolve_scheme
-from maskaq_brevitas.errors import (
-    CheckpointError,
-    ConfigurationError,
-    ExportError,
-    InputError,
-    MissingExtraError,
-    RunDirectoryError,
-)
-from maskaq_brevitas.evaluation import Accuracy, LabelledData, digits_split, evaluate as measure_accuracy, labelled_folder
-from maskaq_brevitas.export import FORMATS, ModelCard, QcdqModel, QonnxCheck, QonnxModel, model_card, write_card
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.errors import CheckpointError
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import ExportError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import MissingExtraError
+from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.evaluation import Accuracy
+from maskaq_brevitas.evaluation import LabelledData
+from maskaq_brevitas.evaluation import digits_split
+from maskaq_brevitas.evaluation import evaluate as measure_accuracy
+from maskaq_brevitas.evaluation import labelled_folder
+from maskaq_brevitas.export import FORMATS
+from maskaq_brevitas.export import ModelCard
+from maskaq_brevitas.export import QcdqModel
+from maskaq_brevitas.export import QonnxCheck
+from maskaq_brevitas.export import QonnxModel
+from maskaq_brevitas.export import model_card
+from maskaq_brevitas.export import write_card
 from maskaq_brevitas.export.finn import write_finn_sample
 from maskaq_brevitas.export.finn_lint import lint_finn as judge_for_finn
 from maskaq_brevitas.export.finn_lint import lint_text
@@ -31,17 +43,26 @@ from maskaq_brevitas.export.process import require
 from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import known_families
 from maskaq_brevitas.models.geometry import read_geometry
-from maskaq_brevitas.models.zoo import SHIPPED_MODEL, load_model
-from maskaq_brevitas.options import read_saved, to_yaml
+from maskaq_brevitas.models.zoo import SHIPPED_MODEL
+from maskaq_brevitas.models.zoo import load_model
+from maskaq_brevitas.options import read_saved
+from maskaq_brevitas.options import to_yaml
 from maskaq_brevitas.progress import bars
 from maskaq_brevitas.quant.snapshot import float_snapshot
-from maskaq_brevitas.report import AccuracyRow, Report
+from maskaq_brevitas.report import AccuracyRow
+from maskaq_brevitas.report import Report
 from maskaq_brevitas.report.report import text_table
-from maskaq_brevitas.run_directory import RunDirectory, fingerprint
-from maskaq_brevitas.support import check_support, recorded_support, refusals
+from maskaq_brevitas.run_directory import RunDirectory
+from maskaq_brevitas.run_directory import fingerprint
+from maskaq_brevitas.support import check_support
+from maskaq_brevitas.support import recorded_support
+from maskaq_brevitas.support import refusals
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.synthesis.memory import auto_batch_size
-from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers
+from maskaq_brevitas.tuning.sensitivity import Switches
+from maskaq_brevitas.tuning.sensitivity import place_blocks
+from maskaq_brevitas.tuning.sensitivity import place_kinds
+from maskaq_brevitas.tuning.sensitivity import place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
 
 __all__ = ["evaluate", "export", "lint_finn", "models", "quantize", "sensitivity"]
@@ -97,10 +118,14 @@ def quantize(options: Namespace) -> None:
     if not options.no_export:
         with calibrator.stage("export and check"):
             try:
-                check, card = _export(calibrator, out / FORMATS[options.format].file_name, options.format, options.batch)
+                check, card = _export(
+                    calibrator, out / FORMATS[options.format].file_name, options.format, options.batch
+                )
             except ExportError as error:  # the rest of the run is worth a report
                 failure = error
-    report = calibrator.report(rows=rows, qonnx_check=check, model_card=card, title=f"{options.model}, {options.scheme}")
+    report = calibrator.report(
+        rows=rows, qonnx_check=check, model_card=card, title=f"{options.model}, {options.scheme}"
+    )
     try:
         report.save(out)
     except MissingExtraError as error:
@@ -146,7 +171,8 @@ def _onnx_model(path: str, shape: tuple[int, ...]) -> nn.Module:
         domains = {entry.domain for entry in onnx.load(path).opset_import}
     except Exception as error:
         raise ExportError(
-            f"Expected a QONNX or QCDQ file at {path}, got {type(error).__name__}: {error}. Write it with 'maskaq export'."
+            f"Expected a QONNX or QCDQ file at {path}, got {type(error).__name__}: {error}. Write it with 'maskaq "
+            "export'."
         ) from error
     return QonnxModel(path, shape) if any(domain.startswith("qonnx") for domain in domains) else QcdqModel(path, shape)
 
@@ -198,7 +224,10 @@ def sensitivity(options: Namespace) -> None:
             on_group=lambda _: bar.update(),
         )  # fmt: skip
     found = [*sorted(found[:-2], key=lambda entry: -entry.divergence), *found[-2:]]
-    print(f"{saved.model}, {saved.scheme}: one {options.by} quantized, all else in float, {len(images)} synthetic images\n")
+    print(
+        f"{saved.model}, {saved.scheme}: one {options.by} quantized, all else in float, {len(images)} synthetic "
+        "images\n"
+    )
     print(text_table(
         [options.by, "quantizers", "KL divergence from float [nats]", "equal top-1 [%]"],
         [[entry.name, entry.places, f"{entry.divergence:.4f}", f"{100 * entry.agreement:.1f}"] for entry in found],

@@ -156,8 +156,8 @@ def labelled_folder(
     Raises:
         DataError: when the folder or its labels are missing or malformed, an image is missing or broken, a label is
             outside ``[0, num_classes)``, a file lies outside the folder, the number of sub-folders is not that of the
-            classes, the model takes images of other than one or three channels, or ``resize=False`` and an image has another
-            size than the model's input.
+            classes, the model takes images of other than one or three channels, or ``resize=False`` and an image has
+            another size than the model's input.
         ModelError: when the model is not a Vision Transformer whose input size can be read.
     """
     root = Path(path)
@@ -171,8 +171,9 @@ def labelled_folder(
     channels, height, width = geometry.input_size
     if channels not in (1, 3):
         raise DataError(
-            f"Expected a model of grey or colour images, got {type(model).__name__} with {channels} channels, which image files "
-            "do not have. Give evaluate() a Dataset of your own, of normalised images (channels, height, width) and labels."
+            f"Expected a model of grey or colour images, got {type(model).__name__} with {channels} channels, which "
+            "image files do not have. Give evaluate() a Dataset of your own, of normalised images (channels, height, "
+            "width) and labels."
         )
     other_sizes = {file: size for file in files if (size := _image_size(file)) != (width, height)}
     if resize is False and other_sizes:
@@ -203,7 +204,8 @@ def evaluate(
     """Measures the accuracy of a float or quantized model. Its train/eval flags and its device are put back.
 
     Args:
-        model: images (batch x channels x height x width) -> logits (batch x classes), or transformers' output with them.
+        model: images (batch x channels x height x width) -> logits (batch x classes), or transformers' output with
+            them.
         dataset: map-style, gives ``(image, label)``.
         batch_size: images per step.
         limit: evaluate on this many images, evenly spaced over the data set; ``None`` or a larger number takes all.

@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskaq_brevitas.errors import DamagedFileError, WriteError
+from maskaq_brevitas.errors import DamagedFileError
+from maskaq_brevitas.errors import WriteError
 
 __all__ = ["digest", "load_json", "load_tensors", "save_json", "save_tensors", "whole_file", "write_whole"]
 
@@ -27,7 +31,8 @@ _KEY = "sha256"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; the file is flushed to disk and gets its name on success, and goes on failure.
+    """A path beside ``path`` to write to; the file is flushed to disk and gets its name on success, and goes on
+    failure.
 
     Raises:
         WriteError: if the disk is full or refuses the file; a file that was there before is as it was.

@@ -7,13 +7,24 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any
+from typing import Literal
+from typing import NoReturn
+from typing import Union
+from typing import get_args
+from typing import get_origin
+from typing import get_type_hints
 
 import yaml
 
-from maskaq_brevitas.config import EFFORTS, DistillConfig, ReconstructConfig, SynthesisConfig, resolve_effort
+from maskaq_brevitas.config import EFFORTS
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import resolve_effort
 from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = ["COMMANDS", "parse", "read_saved", "to_yaml", "top_parser"]
@@ -145,17 +156,22 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
         "of one of torchvision ('torchvision:vit_b_16')")
     add("--config", metavar="FILE.yaml", help="options from a file, for example RUN/config.yaml of an earlier run; the "
         "command line overrides it (repeated --override add to it)")  # fmt: skip
-    add("--checkpoint", metavar="FILE.safetensors", help="local weights; without it timm or torchvision downloads its own")
+    add(
+        "--checkpoint",
+        metavar="FILE.safetensors",
+        help="local weights; without it timm or torchvision downloads its own",
+    )
     add("--scheme", default="w4a8", metavar="wXaY", help="bits of weights and activations, 2 to 8: wXaY (patch "
-        "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY (one "
-        "scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to "
+        "embedding, head and attention probabilities at 8, a scale per channel behind LayerNorm and GELU), tensor-wXaY "
+        "(one scale per tensor), strict-wXaY (everything at XY, one scale per tensor), finn-wXaY (what FINN maps to "
         "hardware), or auto")  # fmt: skip
     add("--average-bits", type=float, default=4.5, metavar="X", help="with --scheme auto: widths are chosen layer by "
         "layer, by sensitivity on the synthetic images, within the bit operations of X bits everywhere")  # fmt: skip
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",
         help="other bits for the layers that a shell pattern matches, e.g. 'blocks.*.mlp.fc2=w4a8'; repeatable")
     add("--effort", choices=tuple(EFFORTS), default="fast", help="sets the defaults of --images, --steps, --tune, "
-        "--epochs, --refresh-every and --tuning.*: fast only calibrates; default and best distil, for minutes and for about an hour "
+        "--epochs, --refresh-every and --tuning.*: fast only calibrates; default and best distil, for minutes and for "
+        "about an hour "
         "on two cores (ViT-Tiny)")  # fmt: skip
     add("--images", type=int, default=64, metavar="N", help="synthetic images")
     add("--steps", type=int, default=SynthesisConfig.steps, metavar="N", help="iterations of synthesis per batch")

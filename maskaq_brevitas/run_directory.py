@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from maskaq_brevitas.errors import ConfigurationError, DamagedFileError, RunDirectoryError
-from maskaq_brevitas.files import digest, load_json, load_tensors, save_json, save_tensors
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import DamagedFileError
+from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.files import digest
+from maskaq_brevitas.files import load_json
+from maskaq_brevitas.files import load_tensors
+from maskaq_brevitas.files import save_json
+from maskaq_brevitas.files import save_tensors
 
 __all__ = ["RunDirectory", "fingerprint", "installed_versions"]
 
@@ -20,7 +28,8 @@ _MANIFEST = "run.json"
 #: What a run writes outside its folder ``state``.
 _FILES = (
     "config.yaml", "bits.json", "tuning.json", "images.safetensors", "held_back.safetensors", "quant_model.safetensors",
-    "model.onnx", "model.card.json", "model.qcdq.onnx", "model.qcdq.pt", "model.pt2", "report.json", "report.md", "images.png",
+    "model.onnx", "model.card.json", "model.qcdq.onnx", "model.qcdq.pt", "model.pt2", "report.json", "report.md",
+    "images.png",
 )  # fmt: skip
 _MODES = ("new", "resume", "overwrite")
 

@@ -16,18 +16,23 @@ from pathlib import Path
 
 import torch
 from brevitas.graph.calibrate import quantization_status_manager
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.errors import ExportError, SkippedLayerWarning
+from maskaq_brevitas.errors import ExportError
+from maskaq_brevitas.errors import SkippedLayerWarning
 from maskaq_brevitas.export.formats import FORMATS
 from maskaq_brevitas.export.process import quiet
-from maskaq_brevitas.models.families import REFUSED, known_families, read_logits
+from maskaq_brevitas.models.families import REFUSED
+from maskaq_brevitas.models.families import known_families
+from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.family import Family
 from maskaq_brevitas.models.fx import OneArgument
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.quant.cost import multiply_accumulates
-from maskaq_brevitas.quant.swap import SwapRecord, swap_layers
+from maskaq_brevitas.quant.swap import SwapRecord
+from maskaq_brevitas.quant.swap import swap_layers
 
 __all__ = ["Support", "SupportCheck", "check_support", "recorded_support", "refusals", "small_model"]
 
@@ -67,7 +72,8 @@ class SupportCheck:
 
     Attributes:
         row: of the table.
-        off_difference: largest difference of an output between the float model and the swapped one with all quantizers off.
+        off_difference: largest difference of an output between the float model and the swapped one with all quantizers
+            off.
         quantized_share: of the multiply-accumulates, 0-1.
     """
 

@@ -12,7 +12,11 @@ from maskaq_brevitas import cli
 PACKAGE = Path(maskaq_brevitas.__file__).parent
 #: Whatever makes images, quantizes or tunes; commands and reports come after them.
 BLIND = [
-    *(path for folder in ("config", "models", "quant", "synthesis", "tuning") for path in sorted((PACKAGE / folder).glob("*.py"))),
+    *(
+        path
+        for folder in ("config", "models", "quant", "synthesis", "tuning")
+        for path in sorted((PACKAGE / folder).glob("*.py"))
+    ),
     *(PACKAGE / name for name in ("calibrator.py", "errors.py", "progress.py", "run_directory.py")),
 ]
 
@@ -29,7 +33,14 @@ def imported(path):
 
 @pytest.mark.parametrize("path", BLIND, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_synthesis_and_tuning_cannot_reach_labelled_images(path):
-    readers = ("maskaq_brevitas.evaluation", "maskaq_brevitas.commands", "sklearn", "torchvision.datasets", "PIL", "timm.data.readers")
+    readers = (
+        "maskaq_brevitas.evaluation",
+        "maskaq_brevitas.commands",
+        "sklearn",
+        "torchvision.datasets",
+        "PIL",
+        "timm.data.readers",
+    )
     found = [name for name in imported(path) if name.startswith(readers)]
     assert found == []
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from borrowed import hooks
 from brevitas.graph.calibrate import calibration_mode
 from brevitas.graph.quantize import layerwise_quantize
 from brevitas.nn import QuantLinear
@@ -18,17 +19,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from borrowed import hooks
-
 from maskaq_brevitas import DataFreeCalibrator
-from maskaq_brevitas.config import EFFORTS, SynthesisConfig
+from maskaq_brevitas.config import EFFORTS
+from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SynthesisError
-from maskaq_brevitas.files import load_json, save_json
+from maskaq_brevitas.files import load_json
+from maskaq_brevitas.files import save_json
 from maskaq_brevitas.tuning.calibrate import is_calibrated
 
 FAST = SynthesisConfig(steps=2, warmup_steps=1, batch_size=4, procedural_share=0.0)
@@ -45,7 +46,9 @@ def batches(loader):
 
 
 def equal(one, other):
-    return len(one) == len(other) and all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True)
+    )
 
 
 def probe(seed=0):
@@ -127,7 +130,12 @@ def test_effort_sets_what_is_not_given(tiny_vit):
 
 
 def test_refused_arguments_leave_no_run_directory(tiny_vit, tmp_path):
-    for changes in ({"num_images": 0}, {"overrides": {"x": "w8a8"}}, {"persistent_workers": True}, {"run_mode": "again"}):
+    for changes in (
+        {"num_images": 0},
+        {"overrides": {"x": "w8a8"}},
+        {"persistent_workers": True},
+        {"run_mode": "again"},
+    ):
         with pytest.raises((InputError, ConfigurationError)):
             make(tiny_vit, run_dir=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
@@ -184,7 +192,9 @@ def test_every_method_only_borrows(tiny_vit, tmp_path, method):
     after = state(tiny_vit)
     assert after[1:] == before[1:] and all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     assert hooks(calibrator.quant_model) == 0
-    assert all(module.training == training[name] for name, module in calibrator.quant_model.named_modules() if name in training)
+    assert all(
+        module.training == training[name] for name, module in calibrator.quant_model.named_modules() if name in training
+    )
 
 
 class Interrupted(Exception):
@@ -246,7 +256,9 @@ def test_refresh_is_seen_through_loaders_that_exist_already(calibrator):
     after, _ = next(iter(outside))
     assert calibrator.version == entry["version"] == 2 and entry["images"] == 6
     assert (before != after).flatten(1).any(dim=1).all() and calibrator.pool.pixels.data_ptr() == storage
-    assert equal([(after, calibrator.pool.labels)], [(torch.cat([images for images, _ in calibrator]), calibrator.pool.labels)])
+    assert equal(
+        [(after, calibrator.pool.labels)], [(torch.cat([images for images, _ in calibrator]), calibrator.pool.labels)]
+    )
     assert entry["alignment_before"] > 0 and entry["alignment_after"] > 0
 
 

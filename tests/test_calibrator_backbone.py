@@ -9,18 +9,32 @@ import pytest
 import torch
 from brevitas.graph.calibrate import quantization_status_manager
 from brevitas.graph.quantize import layerwise_quantize
-from brevitas.nn import QuantConv2d, QuantLinear
-from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+from brevitas.nn import QuantConv2d
+from brevitas.nn import QuantLinear
+from brevitas.quant import Int8ActPerTensorFloat
+from brevitas.quant import Int8WeightPerChannelFloat
 from torch import nn
 
 from maskaq_brevitas import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
-from maskaq_brevitas.errors import ExportError, ModelError, SkippedLayerWarning
-from maskaq_brevitas.export import count_quantizers, export_qcdq, export_qonnx, export_torch_program
-from maskaq_brevitas.export import verify_qcdq, verify_qonnx, verify_torch_file
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.errors import ExportError
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.errors import SkippedLayerWarning
+from maskaq_brevitas.export import count_quantizers
+from maskaq_brevitas.export import export_qcdq
+from maskaq_brevitas.export import export_qonnx
+from maskaq_brevitas.export import export_torch_program
+from maskaq_brevitas.export import verify_qcdq
+from maskaq_brevitas.export import verify_qonnx
+from maskaq_brevitas.export import verify_torch_file
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
-from larger_models import Segmenter, TokenReader, detector, drawn  # noqa: E402
+from larger_models import Segmenter  # noqa: E402
+from larger_models import TokenReader  # noqa: E402
+from larger_models import detector  # noqa: E402
+from larger_models import drawn  # noqa: E402
 
 
 def make(model, quant_model=None, *, backbone="encoder", scheme="w8a8", **options):
@@ -43,9 +57,18 @@ def segmenter(request):
 
 def test_the_backbone_is_quantized_in_place(segmenter):
     before = copy.deepcopy(segmenter.state_dict())
-    with pytest.warns(SkippedLayerWarning, match=r"Left in float, outside of the backbone 'encoder': head.0 \(Conv2d\), head.1"):
+    with pytest.warns(
+        SkippedLayerWarning, match=r"Left in float, outside of the backbone 'encoder': head.0 \(Conv2d\), head.1"
+    ):
         calibrator = DataFreeCalibrator(
-            segmenter, backbone="encoder", scheme="w8a8", num_images=4, batch_size=4, steps=2, held_back=4, progress=False
+            segmenter,
+            backbone="encoder",
+            scheme="w8a8",
+            num_images=4,
+            batch_size=4,
+            steps=2,
+            held_back=4,
+            progress=False,
         )
     swapped = calibrator.quant_model
     layers = [name for name, module in swapped.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
@@ -58,7 +81,9 @@ def test_the_backbone_is_quantized_in_place(segmenter):
         assert calibrator.calibrate() is swapped
         assert 1e-4 < relative(swapped(images), segmenter(images)) < 0.1
         frozen = calibrator.freeze()
-        assert torch.equal(frozen(images), swapped(images)) and not any(part.requires_grad for part in frozen.parameters())
+        assert torch.equal(frozen(images), swapped(images)) and not any(
+            part.requires_grad for part in frozen.parameters()
+        )
         assert relative(calibrator.calibrated_on(images)(images), segmenter(images)) < 0.1
     trace = calibrator.maker.traces[-1]
     assert {"features", "align", "head", "entropy"} <= set(trace) and "class" not in trace
@@ -72,7 +97,9 @@ def test_tuning_moves_the_backbone_alone(name, tmp_path):
     segmenter = drawn(lambda: Segmenter(name))
     tuning = [
         ReconstructConfig(steps=4, variants=1),
-        DistillConfig(epochs=2, refresh_every=1, refresh_steps=1, feature_weight=1.0, kept_tokens=0.5 if name == "vit" else 1.0),
+        DistillConfig(
+            epochs=2, refresh_every=1, refresh_steps=1, feature_weight=1.0, kept_tokens=0.5 if name == "vit" else 1.0
+        ),
     ]
     calibrator = make(segmenter, scheme="w4a4", tuning=tuning, run_dir=tmp_path)
     quant_model = calibrator.quantize()
@@ -116,7 +143,10 @@ def test_tokens_that_a_larger_model_reads():
 def test_a_larger_quant_model_that_was_given():
     model = drawn(lambda: Segmenter("vit"))
     options = dict(
-        input_quant=Int8ActPerTensorFloat, weight_quant=Int8WeightPerChannelFloat, bias_quant=None, return_quant_tensor=False
+        input_quant=Int8ActPerTensorFloat,
+        weight_quant=Int8WeightPerChannelFloat,
+        bias_quant=None,
+        return_quant_tensor=False,
     )
     layers = {nn.Linear: (QuantLinear, options), nn.Conv2d: (QuantConv2d, options)}
     mine = layerwise_quantize(copy.deepcopy(model), layers, name_blacklist=["head.0", "head.1"]).eval()
@@ -136,17 +166,21 @@ def test_detection(kind, tmp_path):
     images = [torch.rand(3, 25, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     with torch.no_grad():
         found = quant_model(images)
-        maps, wanted = (network.backbone(torch.stack([image[:, :, :25] for image in images]).repeat(1, 1, 2, 2)[..., :32, :32])
-                        for network in (quant_model, model))  # fmt: skip
+        square = torch.stack([image[:, :, :25] for image in images]).repeat(1, 1, 2, 2)[..., :32, :32]
+        maps, wanted = (network.backbone(square) for network in (quant_model, model))
     assert len(found) == 2 and all(len(each["boxes"]) > 0 and torch.isfinite(each["boxes"]).all() for each in found)
     assert all(1e-4 < relative(maps[name], wanted[name]) < 0.1 for name in ("0", "1"))
-    with pytest.raises(ExportError, match=f"{type(model).__name__} cannot be exported: it gives list of dict.*Export the part"):
+    with pytest.raises(
+        ExportError, match=f"{type(model).__name__} cannot be exported: it gives list of dict.*Export the part"
+    ):
         export_qonnx(quant_model, tmp_path / "model.onnx", input_shape=(3, 32, 32))
     with pytest.raises(ExportError, match="it gives list of dict"):
         export_torch_program(quant_model, tmp_path / "model.pt2", input_shape=(3, 32, 32))
     if kind == "retina":  # body and pyramid: a mapping of maps
         part = quant_model.backbone
-        assert export_qonnx(part, tmp_path / "backbone.onnx", input_shape=(3, 32, 32)).quant_nodes == count_quantizers(part)
+        assert export_qonnx(part, tmp_path / "backbone.onnx", input_shape=(3, 32, 32)).quant_nodes == count_quantizers(
+            part
+        )
         assert verify_qonnx(tmp_path / "backbone.onnx", part, calibrator.held_back.images()[:2]).passed
 
 

@@ -10,9 +10,14 @@ from brevitas.graph.calibrate import bias_correction_mode
 from brevitas.graph.gptq import gptq_mode
 
 from maskaq_brevitas import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
-from maskaq_brevitas.errors import ConfigurationError, ModelError
-from maskaq_brevitas.export import count_quantizers, export_qonnx, verify_qonnx
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.export import count_quantizers
+from maskaq_brevitas.export import export_qonnx
+from maskaq_brevitas.export import verify_qonnx
 from maskaq_brevitas.models.token_choice import token_choice
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
@@ -34,7 +39,9 @@ def test_swin_is_reconstructed_across_its_stages():
     calibrator = make("swin", tuning=tuning, held_back=0)
     calibrator.quantize()
     blocks = [entry for entry in calibrator.history if entry["event"] == "block"]
-    assert [entry["block"] for entry in blocks] == [f"layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)]
+    assert [entry["block"] for entry in blocks] == [
+        f"layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)
+    ]
     assert all(entry["after"] <= entry["before"] < 1 for entry in blocks) and any(entry["kept"] for entry in blocks)
 
 
@@ -48,7 +55,9 @@ def test_swin_is_distilled_block_by_block_output():
 
 
 def test_models_that_need_their_whole_grid_keep_all_tokens():
-    with pytest.raises(ModelError, match="No tokens of SwinTransformer can be left out: its windows.*Use kept_tokens=1"):
+    with pytest.raises(
+        ModelError, match="No tokens of SwinTransformer can be left out: its windows.*Use kept_tokens=1"
+    ):
         make("swin", synthesis=SynthesisConfig(steps=1, kept_tokens=0.5))
     with pytest.raises(ModelError, match="No tokens of Eva can be left out: its rotary position embedding"):
         make("eva02", tuning=DistillConfig(kept_tokens=0.5))
@@ -82,7 +91,9 @@ def test_images_of_other_channels_and_sides(name, channels):
     images, _ = next(iter(calibrator))
     assert images.shape[1] == channels and images.shape[2] != images.shape[3]
     assert torch.isfinite(calibrator.calibrate()(images)).all()
-    assert calibrator.pool.informative.sum(dim=1).unique().tolist() == [max(1, round(0.1 * calibrator.geometry.patches))]
+    assert calibrator.pool.informative.sum(dim=1).unique().tolist() == [
+        max(1, round(0.1 * calibrator.geometry.patches))
+    ]
 
 
 @pytest.mark.parametrize(("name", "kept"), (("vit_wide", 0.5), ("swin_padded", 1.0)))
@@ -98,7 +109,9 @@ def test_whole_runs_on_images_of_other_channels_and_sides(name, kept, tmp_path):
     calibrator.report().save(tmp_path)
     assert (tmp_path / "images.png").stat().st_size > 1000
     shape = calibrator.geometry.input_size
-    assert export_qonnx(quant_model, tmp_path / "model.onnx", input_shape=shape).quant_nodes == count_quantizers(quant_model)
+    assert export_qonnx(quant_model, tmp_path / "model.onnx", input_shape=shape).quant_nodes == count_quantizers(
+        quant_model
+    )
     assert verify_qonnx(tmp_path / "model.onnx", quant_model, calibrator.held_back.images()[:2]).passed
 
 
@@ -117,7 +130,9 @@ def test_brevitas_own_algorithms_run_on_swin():
     quant_model, _ = swap_layers(build("swin"), "w4a8")
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     calibrate(quant_model, [images])
-    before = {name: weight.clone() for name, weight in quant_model.state_dict().items() if name.endswith("reduction.weight")}
+    before = {
+        name: weight.clone() for name, weight in quant_model.state_dict().items() if name.endswith("reduction.weight")
+    }
     with torch.no_grad(), gptq_mode(quant_model, use_quant_activations=False) as gptq:
         for _ in range(gptq.num_layers):
             gptq.model(images)

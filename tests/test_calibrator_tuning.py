@@ -15,8 +15,11 @@ from torch import nn
 
 from maskaq_brevitas import files
 from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, SynthesisConfig, resolve_scheme
-from maskaq_brevitas.errors import ConfigurationError, RunDirectoryError
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.models.zoo import load_model
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.run_directory import RunDirectory
@@ -90,7 +93,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     make_calibrator(small_vit(), run_dir=tmp_path / "whole").quantize(TUNING)
     run = tmp_path / "killed"
     places = (
-        "state/images-1-0001", "state/tuning-0-0001", "state/images-2-0000", "images.safetensors", "state/tuning-0-0002",
+        "state/images-1-0001", "state/tuning-0-0001", "state/images-2-0000", "images.safetensors",
+        "state/tuning-0-0002",
     )  # fmt: skip
     for place in places:
         command = [sys.executable, "-W", "ignore", __file__, str(run), place, str(torch.get_num_threads())]
@@ -277,7 +281,9 @@ def test_a_refresh_is_warm_with_a_quarter_of_rate_and_steps(tiny_vit, monkeypatc
         return module_synthesize(*args, **kwargs)
 
     module_synthesize = module.synthesize
-    calibrator = make_calibrator(tiny_vit, synthesis=SynthesisConfig(steps=8, warmup_steps=1, batch_size=8, procedural_share=0.0))
+    calibrator = make_calibrator(
+        tiny_vit, synthesis=SynthesisConfig(steps=8, warmup_steps=1, batch_size=8, procedural_share=0.0)
+    )
     calibrator.calibrate()
     before = calibrator.pool.images()
     monkeypatch.setattr(module, "synthesize", spy)

@@ -13,10 +13,14 @@ import yaml
 from PIL import Image
 
 from maskaq_brevitas import cli
-from maskaq_brevitas.config import EFFORTS, DistillConfig, ReconstructConfig, SynthesisConfig
+from maskaq_brevitas.config import EFFORTS
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.export import FORMATS
-from maskaq_brevitas.options import parse, to_yaml
+from maskaq_brevitas.options import parse
+from maskaq_brevitas.options import to_yaml
 from maskaq_brevitas.synthesis import maker
 
 TINY = ["--images", "4", "--batch-size", "4", "--steps", "2", "--eval-limit", "20", "--quiet"]
@@ -78,7 +82,12 @@ def test_the_main_job(tmp_path, capsys):
 def test_an_effort_sets_defaults_and_what_is_said_still_counts(tmp_path):
     best = EFFORTS["best"]
     options = parse("quantize", ["digits_vit", "--effort", "best", "--steps", "7", "--tuning.drawn_images", "3"])
-    assert (options.images, options.steps, options.tune, options.epochs) == (best.num_images, 7, "distill", best.tuning.epochs)
+    assert (options.images, options.steps, options.tune, options.epochs) == (
+        best.num_images,
+        7,
+        "distill",
+        best.tuning.epochs,
+    )
     assert vars(options)["tuning.drawn_images"] == 3
     assert vars(options)["tuning.feature_weight"] == best.tuning.feature_weight > 0
     (tmp_path / "saved.yaml").write_text(to_yaml(options))
@@ -146,7 +155,10 @@ def test_export_writes_every_format(short_run, tmp_path, capsys, kind):
     assert f"{short_run / name}\npassed: executed on 8 images" in capsys.readouterr().out
     assert _files(short_run) == sorted([*before, name])
     if kind == "qcdq":
-        assert cli.main(["evaluate", str(short_run), "--eval-limit", "50", "--quiet", "--onnx", str(short_run / name)]) == 0
+        assert (
+            cli.main(["evaluate", str(short_run), "--eval-limit", "50", "--quiet", "--onnx", str(short_run / name)])
+            == 0
+        )
         assert "equal top-1 on 50 of 50 images" in capsys.readouterr().out
     (short_run / name).unlink()
 

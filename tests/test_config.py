@@ -93,7 +93,10 @@ def test_scheme_out_of_range(change, message):
         ({"precision": "float16"}, "precision: expected one of"),
         ({"parameterization": "gan"}, "parameterization: expected one of"),
         ({"flip": "no"}, "flip: expected true or false, got 'no'"),
-        ({"head_weight": 0, "class_weight": 0, "tv_weight": 0, "entropy_weight": 0}, "Expected at least one of head_weight"),
+        (
+            {"head_weight": 0, "class_weight": 0, "tv_weight": 0, "entropy_weight": 0},
+            "Expected at least one of head_weight",
+        ),
     ),
 )
 def test_synthesis_out_of_range(change, message):
@@ -117,7 +120,9 @@ def test_published_values():
     assert config.tv_weight == pytest.approx(2.5e-5 * 16**0.5)
     assert (config.mask_start, config.mask_end, config.mask_drop) == (0.5, 0.1, 0.3)
     assert (config.jitter, config.late_jitter, config.entropy_rows, config.init) == (8, 16, 64, "gaussian")
-    assert {config.head_attention, config.entropy_attention, config.align_attention, config.mask_attention} == {"raw_logits"}
+    assert {config.head_attention, config.entropy_attention, config.align_attention, config.mask_attention} == {
+        "raw_logits"
+    }
     assert SynthesisConfig.published(steps=10).steps == 10
 
 
@@ -142,7 +147,11 @@ def test_round_trip_through_json(config):
         (SynthesisConfig, None, "expected a mapping of options, got NoneType"),
         (SynthesisConfig, {"learning_rate": "fast"}, "learning_rate: expected a positive number, got 'fast'"),
         (Scheme, {"name": "mine"}, "Scheme: .*missing 3 required"),
-        (Scheme, {"name": "a", "bits": {"weight": 4, "activations": 4}}, "LayerBits: unknown key 'activations'. Did you"),
+        (
+            Scheme,
+            {"name": "a", "bits": {"weight": 4, "activations": 4}},
+            "LayerBits: unknown key 'activations'. Did you",
+        ),
         (Scheme, {"name": "a", "bits": {"weight": "4", "activation": 4}}, "LayerBits.weight: expected a whole number"),
     ),
 )

@@ -4,7 +4,6 @@ import textwrap
 
 from maskaq_brevitas import errors
 
-
 BUILTINS = {
     "ConfigurationError": ValueError, "InputError": ValueError, "ModelError": TypeError, "CheckpointError": ValueError,
     "DataError": ValueError, "SynthesisError": RuntimeError, "TuningError": RuntimeError, "ExportError": RuntimeError,

@@ -9,8 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskaq_brevitas.errors import DamagedFileError, WriteError
-from maskaq_brevitas.files import load_json, load_tensors, save_json, save_tensors, whole_file, write_whole
+from maskaq_brevitas.errors import DamagedFileError
+from maskaq_brevitas.errors import WriteError
+from maskaq_brevitas.files import load_json
+from maskaq_brevitas.files import load_tensors
+from maskaq_brevitas.files import save_json
+from maskaq_brevitas.files import save_tensors
+from maskaq_brevitas.files import whole_file
+from maskaq_brevitas.files import write_whole
 
 TENSORS = {
     "a": torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), "b": torch.arange(7), "c": torch.tensor(True),

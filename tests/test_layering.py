@@ -1,4 +1,5 @@
-"""Imports point one way: a part of the package imports only from those above it in this list (DESIGN.md, "The house")."""
+"""Imports point one way: a part of the package imports only from those above it in this list (DESIGN.md, "The house").
+"""
 
 import ast
 from pathlib import Path
@@ -10,7 +11,8 @@ import maskaq_brevitas
 ROOT = Path(maskaq_brevitas.__file__).parent
 #: From the ground up.
 LAYERS = (
-    "errors", "config", "progress", "files", "run_directory", "models", "quant", "synthesis", "tuning", "evaluation", "export", "report",
+    "errors", "config", "progress", "files", "run_directory", "models", "quant", "synthesis", "tuning", "evaluation",
+    "export", "report",
     "calibrator", "support", "options", "commands", "cli", "__main__",
 )  # fmt: skip
 
@@ -48,7 +50,9 @@ def test_imports_only_from_above(path):
     assert [name for name in imported(path) if LAYERS.index(name) > own] == []
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if layer(path) in ("errors", "config", "options", "cli")], ids=str)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if layer(path) in ("errors", "config", "options", "cli")], ids=str
+)
 def test_configuration_and_options_do_without_torch(path):
     tree = ast.parse(path.read_text())
     outside = {

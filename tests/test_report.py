@@ -12,7 +12,10 @@ from maskaq_brevitas.calibrator import DataFreeCalibrator
 from maskaq_brevitas.errors import MissingExtraError
 from maskaq_brevitas.models.zoo import load_model
 from maskaq_brevitas.quant.attention import OPERANDS
-from maskaq_brevitas.report import AccuracyRow, make_report, multiply_accumulates, sqnr
+from maskaq_brevitas.report import AccuracyRow
+from maskaq_brevitas.report import make_report
+from maskaq_brevitas.report import multiply_accumulates
+from maskaq_brevitas.report import sqnr
 from maskaq_brevitas.report.pictures import overlay
 
 # digits_vit: 32 x 32 pixels, patches of 4, a class token, 6 blocks of width 96.

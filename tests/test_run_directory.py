@@ -152,7 +152,14 @@ def test_fingerprint_sees_value_name_shape_and_dtype():
         return fingerprint(model)
 
     value = torch.arange(6.0)
-    prints = [of(a=value), of(b=value), of(a=value.view(2, 3)), of(a=value.int()), of(a=value + 1), of(a=value, c=value)]
+    prints = [
+        of(a=value),
+        of(b=value),
+        of(a=value.view(2, 3)),
+        of(a=value.int()),
+        of(a=value + 1),
+        of(a=value, c=value),
+    ]
     assert len(set(prints)) == len(prints)
     assert of(a=value.view(2, 3).T) == of(a=value.view(2, 3).T.contiguous())
     assert of(c=value, a=value) == of(a=value, c=value)
@@ -161,4 +168,9 @@ def test_fingerprint_sees_value_name_shape_and_dtype():
 
 def test_versions_are_plain():
     versions = json.loads(json.dumps(installed_versions()))
-    assert versions["torch"] == torch.__version__.partition("+")[0] and {"python", "timm", "brevitas", "maskaq_brevitas"} <= set(versions)
+    assert versions["torch"] == torch.__version__.partition("+")[0] and {
+        "python",
+        "timm",
+        "brevitas",
+        "maskaq_brevitas",
+    } <= set(versions)

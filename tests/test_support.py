@@ -7,7 +7,9 @@ import pytest
 from maskaq_brevitas import support
 from maskaq_brevitas.cli import main
 from maskaq_brevitas.models.families import known_families
-from maskaq_brevitas.support import Support, check_support, recorded_support
+from maskaq_brevitas.support import Support
+from maskaq_brevitas.support import check_support
+from maskaq_brevitas.support import recorded_support
 
 CASES = [(family, example) for family in known_families(optional=True) for example in family.examples]
 

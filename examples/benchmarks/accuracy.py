@@ -20,21 +20,32 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas import load_model
-from maskaq_brevitas.config import DistillConfig, SynthesisConfig, from_mapping, to_mapping
-from maskaq_brevitas.evaluation import digits_split, evaluate, labelled_folder
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import from_mapping
+from maskaq_brevitas.config import to_mapping
+from maskaq_brevitas.evaluation import digits_split
+from maskaq_brevitas.evaluation import evaluate
+from maskaq_brevitas.evaluation import labelled_folder
 from maskaq_brevitas.files import write_whole
-from maskaq_brevitas.run_directory import RunDirectory, fingerprint, installed_versions
+from maskaq_brevitas.run_directory import RunDirectory
+from maskaq_brevitas.run_directory import fingerprint
+from maskaq_brevitas.run_directory import installed_versions
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.scenes import scene_images

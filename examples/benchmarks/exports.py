@@ -2,12 +2,12 @@
 
     python examples/benchmarks/exports.py runs/vit --eval-data photos --limit 200 --exact 50
 
-Two correct programs round float sums differently. Where a quantizer's input lies next to a rounding tie, that decides its code,
-and the following layers of a low-bit model amplify the step. So the equal top-1 of a file and PyTorch has a ceiling, which the
-rows "summed in another order" show: the same PyTorch model, its channels and tokens summed in another order, and softmax and
-GELU by their textbook formulas. The rows "float64" compute everything between the quantizers in float64 and round to float32
-behind each operator; what is then left of a difference is a difference of the functions. The files are computed there by
-onnx' reference implementation (numpy), GELU by scipy.
+Two correct programs round float sums differently. Where a quantizer's input lies next to a rounding tie, that decides
+its code, and the following layers of a low-bit model amplify the step. So the equal top-1 of a file and PyTorch has a
+ceiling, which the rows "summed in another order" show: the same PyTorch model, its channels and tokens summed in
+another order, and softmax and GELU by their textbook formulas. The rows "float64" compute everything between the
+quantizers in float64 and round to float32 behind each operator; what is then left of a difference is a difference of
+the functions. The files are computed there by onnx' reference implementation (numpy), GELU by scipy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from maskaq_brevitas.commands import _labelled_data, _load_run, _saved_options
-from maskaq_brevitas.export import QcdqModel, QonnxModel, export_qcdq, export_qonnx
+from maskaq_brevitas.commands import _labelled_data
+from maskaq_brevitas.commands import _load_run
+from maskaq_brevitas.commands import _saved_options
+from maskaq_brevitas.export import QcdqModel
+from maskaq_brevitas.export import QonnxModel
+from maskaq_brevitas.export import export_qcdq
+from maskaq_brevitas.export import export_qonnx
 from maskaq_brevitas.export.execute import _execute_node
-from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.files import write_whole
+from maskaq_brevitas.report.report import text_table
 
 _BATCH = 4
 _SUMMING = {"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Gelu"}
 
 
 class Arithmetic(TorchFunctionMode):
-    """Inside, every operator with a sum or a transcendental function is computed in float64, in another order, or both."""
+    """Inside, every operator with a sum or a transcendental function is computed in float64, in another order, or both.
+    """
 
     def __init__(self, *, double: bool, reordered: bool):
         super().__init__()
@@ -96,11 +103,13 @@ class Arithmetic(TorchFunctionMode):
 
 
 def in_float64(path: Path, images: Tensor) -> Tensor:
-    """Logits of a QONNX or QCDQ file, with float64 inside of every operator of :data:`_SUMMING`; one image at a time."""
+    """Logits of a QONNX or QCDQ file, with float64 inside of every operator of :data:`_SUMMING`; one image at a time.
+    """
     graph = ModelWrapper(onnx.load(path))
     opsets = {entry.domain: entry.version for entry in graph.model.opset_import}
     runners = [
-        None if node.op_type in ("Quant", "Gelu") else ReferenceEvaluator(node, opsets=opsets) for node in graph.graph.node
+        None if node.op_type in ("Quant", "Gelu") else ReferenceEvaluator(node, opsets=opsets)
+        for node in graph.graph.node
     ]
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
     found = []
@@ -130,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", help="folder of a finished run of maskaq quantize")
     parser.add_argument("--eval-data", help="labelled images; default: those of the run")
     parser.add_argument("--limit", type=int, default=200, help="images, evenly spaced")
-    parser.add_argument("--exact", type=int, default=20, help="of these, images for the files in float64 (seconds each)")
+    parser.add_argument(
+        "--exact", type=int, default=20, help="of these, images for the files in float64 (seconds each)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
 
@@ -138,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     saved.eval_data = options.eval_data or saved.eval_data
     calibrator = _load_run(options.run, saved)
     data = _labelled_data(saved, calibrator.float_model).evaluation
-    chosen = [data[index] for index in torch.linspace(0, len(data) - 1, min(options.limit, len(data))).round().long().tolist()]
+    chosen = [
+        data[index] for index in torch.linspace(0, len(data) - 1, min(options.limit, len(data))).round().long().tolist()
+    ]
     images, labels = torch.stack([image for image, _ in chosen]), torch.tensor([int(label) for _, label in chosen])
     shape, model = calibrator.geometry.input_size, calibrator.freeze()
     print(f"{saved.model}, {saved.scheme}, {len(images)} images, {torch.get_num_threads()} threads\n")
@@ -161,12 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             like = like[: len(found)]
             difference = (found - like).abs().amax(1) / like.abs().max()
             entry["equal_top1"] = 100 * float((found.argmax(1) == like.argmax(1)).double().mean())
-            entry["median_difference"], entry["largest_difference"] = float(difference.median()), float(difference.max())
+            entry["median_difference"], entry["largest_difference"] = (
+                float(difference.median()),
+                float(difference.max()),
+            )
         entry["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(entry)
         print(f"{name}: {entry['seconds']} s", file=sys.stderr, flush=True)
         if options.out is not None:  # after each row: the slow ones may be interrupted
-            write_whole(options.out, lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"))
+            write_whole(
+                options.out, lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            )
         return found
 
     with tempfile.TemporaryDirectory() as folder:

@@ -4,9 +4,9 @@
     python examples/benchmarks/speed.py --models vit_tiny_patch16_224 --threads 1 --repetitions 3 --out runs/speed.json
 
 Weights are random: speed does not depend on them. The *floor* is one forward and backward pass to the image through the
-float model and one through the frozen snapshot of the w4a4 model: explicit attention, float32, nothing else. A *step* is one
-iteration with all five terms of MaskAQ's objective. All variants of a model take turns within each repetition, so a busy
-machine slows all of them; ratios are medians over repetitions of the ratio within one.
+float model and one through the frozen snapshot of the w4a4 model: explicit attention, float32, nothing else. A *step*
+is one iteration with all five terms of MaskAQ's objective. All variants of a model take turns within each repetition,
+so a busy machine slows all of them; ratios are medians over repetitions of the ratio within one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ import timm
 import torch
 
 from maskaq_brevitas.config import SynthesisConfig
-from maskaq_brevitas.models.geometry import Geometry, read_geometry
-from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
-from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.files import write_whole
+from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.models.geometry import read_geometry
+from maskaq_brevitas.quant.snapshot import float_snapshot
+from maskaq_brevitas.quant.snapshot import frozen_snapshot
+from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.run_directory import installed_versions
 from maskaq_brevitas.synthesis.synthesizer import synthesize
 from maskaq_brevitas.tuning.calibrate import calibrate
@@ -69,7 +72,12 @@ class Case:
     def synthesis(self, config: SynthesisConfig) -> Callable[[int], None]:
         def run(steps: int) -> None:
             synthesize(
-                *self.networks, self.geometry, self.labels, config, generator=torch.Generator().manual_seed(0), steps=steps
+                *self.networks,
+                self.geometry,
+                self.labels,
+                config,
+                generator=torch.Generator().manual_seed(0),
+                steps=steps,
             )
 
         return run
@@ -184,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(), "threads": options.threads, "batch": options.batch,
-        "steps": options.steps, "repetitions": options.repetitions, "device": options.device, "versions": installed_versions(),
+        "steps": options.steps, "repetitions": options.repetitions, "device": options.device,
+        "versions": installed_versions(),
         "command": sys.argv[1:] if arguments is None else arguments, "levers": {}, "growth": {},
     }  # fmt: skip
     for name in options.models:
@@ -193,7 +202,9 @@ def main(arguments: list[str] | None = None) -> None:
         for title, row in report["levers"][name].items():
             print(f"  {title:24} {_line(row)}", flush=True)
     if not options.no_growth:
-        print(f"{options.models[0]}, the dense step as the work grows (ratio to the floor of the same work)", flush=True)
+        print(
+            f"{options.models[0]}, the dense step as the work grows (ratio to the floor of the same work)", flush=True
+        )
         report["growth"][options.models[0]] = growth(options.models[0], options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))

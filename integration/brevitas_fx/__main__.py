@@ -10,16 +10,23 @@ import time
 from collections.abc import Callable
 
 import torch
-from brevitas.graph.quantize import preprocess_for_quantize, quantize
-from brevitas.graph.target.flexml import preprocess_for_flexml_quantize, quantize_flexml
+from brevitas.graph.quantize import preprocess_for_quantize
+from brevitas.graph.quantize import quantize
+from brevitas.graph.target.flexml import preprocess_for_flexml_quantize
+from brevitas.graph.target.flexml import quantize_flexml
 from brevitas.nn import QuantIdentity
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas_examples.imagenet_classification.ptq.ptq_common import calibrate
 from torch import nn
 
 from integration.brevitas_fx.left_float import float_computations
-from integration.material import BATCH, Material, add_options, command_line, print_table
-from maskaq_brevitas import DataFreeCalibrator, prepare_for_fx
+from integration.material import BATCH
+from integration.material import Material
+from integration.material import add_options
+from integration.material import command_line
+from integration.material import print_table
+from maskaq_brevitas import DataFreeCalibrator
+from maskaq_brevitas import prepare_for_fx
 
 TITLES = ["flow", "calibrated on", "top-1 [%]", "seconds", "alignment"]
 

@@ -10,7 +10,8 @@ from brevitas.backport.fx.interpreter import Interpreter
 from brevitas.fx import GraphModule
 from brevitas.nn.mixin.base import QuantLayerMixin
 from brevitas.quant_tensor import QuantTensor
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 __all__ = ["float_computations"]
 

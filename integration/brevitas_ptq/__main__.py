@@ -16,14 +16,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from integration.brevitas_ptq.algorithms import MODELS, Loader
-from integration.brevitas_ptq.table import ALGORITHMS, KINDS, Bench, CellStore, markdown
-from integration.material import BATCH, Material, add_options, command_line
+from integration.brevitas_ptq.algorithms import MODELS
+from integration.brevitas_ptq.algorithms import Loader
+from integration.brevitas_ptq.table import ALGORITHMS
+from integration.brevitas_ptq.table import KINDS
+from integration.brevitas_ptq.table import Bench
+from integration.brevitas_ptq.table import CellStore
+from integration.brevitas_ptq.table import markdown
+from integration.material import BATCH
+from integration.material import Material
+from integration.material import add_options
+from integration.material import command_line
 from maskaq_brevitas import DataFreeCalibrator
-from maskaq_brevitas.config import Scheme, SynthesisConfig, from_mapping, resolve_scheme, to_mapping
+from maskaq_brevitas.config import Scheme
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import from_mapping
+from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.evaluation import evaluate
-from maskaq_brevitas.run_directory import fingerprint, installed_versions
+from maskaq_brevitas.run_directory import fingerprint
+from maskaq_brevitas.run_directory import installed_versions
 
 
 def parser() -> argparse.ArgumentParser:

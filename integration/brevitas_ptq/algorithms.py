@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
@@ -23,7 +25,8 @@ from brevitas_examples.imagenet_classification.ptq.ptq_common import apply_qrono
 from brevitas_examples.imagenet_classification.ptq.ptq_common import calibrate
 from brevitas_examples.imagenet_classification.ptq.ptq_common import quantize_model
 from brevitas_examples.imagenet_classification.ptq.ptq_imagenet_args import create_args_parser
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.config import Scheme
 from maskaq_brevitas.quant.swap import swap_layers

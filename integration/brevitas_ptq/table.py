@@ -8,23 +8,32 @@ import io
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
-from integration.brevitas_ptq.algorithms import MODELS, TUNERS, Loader, ModelKind
-from integration.brevitas_ptq.algorithms import borrowed_settings, calibrated_model, changed_layers, learned_round
+from integration.brevitas_ptq.algorithms import MODELS
+from integration.brevitas_ptq.algorithms import TUNERS
+from integration.brevitas_ptq.algorithms import Loader
+from integration.brevitas_ptq.algorithms import ModelKind
+from integration.brevitas_ptq.algorithms import borrowed_settings
+from integration.brevitas_ptq.algorithms import calibrated_model
+from integration.brevitas_ptq.algorithms import changed_layers
+from integration.brevitas_ptq.algorithms import learned_round
 from integration.brevitas_ptq.whole_run import quantize_ptq_imagenet
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.evaluation import evaluate
-from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.files import write_whole
+from maskaq_brevitas.quant.snapshot import frozen_snapshot
 
 __all__ = ["ALGORITHMS", "KINDS", "Bench", "CellStore", "markdown"]
 

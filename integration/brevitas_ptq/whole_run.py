@@ -14,7 +14,9 @@ from brevitas_examples.imagenet_classification.ptq.ptq_imagenet_args import crea
 from torch import nn
 from torch.utils.data import DataLoader
 
-from integration.brevitas_ptq.algorithms import Loader, ModelKind, initialise_weight_scales
+from integration.brevitas_ptq.algorithms import Loader
+from integration.brevitas_ptq.algorithms import ModelKind
+from integration.brevitas_ptq.algorithms import initialise_weight_scales
 from maskaq_brevitas.config import Scheme
 from maskaq_brevitas.quant.swap import swap_layers
 

@@ -4,8 +4,8 @@
     python -m integration.finn --variants
 
 The model is quantized here, with the restrictions of FINN in the scheme, and exported; FINN+ runs in an environment of
-its own, which is made at the first call unless one is named. Nothing of Vivado or Vitis is needed: the graph of hardware
-operators is executed by FINN's Python, and the build steps go up to the estimate reports.
+its own, which is made at the first call unless one is named. Nothing of Vivado or Vitis is needed: the graph of
+hardware operators is executed by FINN's Python, and the build steps go up to the estimate reports.
 """
 
 from __future__ import annotations
@@ -18,18 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.utils.data import Dataset
 
-from integration.finn.environment import VARIABLE, environment_python, run_frontend
+from integration.finn.environment import VARIABLE
+from integration.finn.environment import environment_python
+from integration.finn.environment import run_frontend
 from integration.finn.frontend import BEFORE
 from integration.finn.reference import write_reference
-from integration.finn.variants import VARIANTS, write_variant
-from maskaq_brevitas import DataFreeCalibrator, load_model
+from integration.finn.variants import VARIANTS
+from integration.finn.variants import write_variant
+from maskaq_brevitas import DataFreeCalibrator
+from maskaq_brevitas import load_model
 from maskaq_brevitas.config import EFFORTS
 from maskaq_brevitas.errors import MaskAQError
-from maskaq_brevitas.evaluation import digits_split, evaluate, labelled_folder
-from maskaq_brevitas.export import FinnLint, export_finn, lint_finn
+from maskaq_brevitas.evaluation import digits_split
+from maskaq_brevitas.evaluation import evaluate
+from maskaq_brevitas.evaluation import labelled_folder
+from maskaq_brevitas.export import FinnLint
+from maskaq_brevitas.export import export_finn
+from maskaq_brevitas.export import lint_finn
 from maskaq_brevitas.export.finn_lint import lint_text
 from maskaq_brevitas.report.report import text_table
 
@@ -125,10 +134,10 @@ def report(result: dict[str, Any], lint: FinnLint, options: argparse.Namespace) 
         strange = "; ".join(found["strange"])
         equal &= found["in_step"] <= TOLERANCE and not strange
         print(
-            f"executed on image {index}: output differs from PyTorch's by {found['in_step']:.1e} with {found['quantizers']} "
-            f"quantizers in step ({found['flips']} of {found['values']} values on the other side of a rounding tie, at most "
-            f"{found['farthest_flip']:.1e} steps from it), by {found['alone']:.1e} on its own; largest output "
-            f"{found['largest_output']:.2f}, top-1 {'equal' if found['same_top1'] else 'differs'}"
+            f"executed on image {index}: output differs from PyTorch's by {found['in_step']:.1e} with "
+            f"{found['quantizers']} quantizers in step ({found['flips']} of {found['values']} values on the other side "
+            f"of a rounding tie, at most {found['farthest_flip']:.1e} steps from it), by {found['alone']:.1e} on its "
+            f"own; largest output {found['largest_output']:.2f}, top-1 {'equal' if found['same_top1'] else 'differs'}"
             + (f"; WRONG: {strange}" if strange else "")
         )
     if "estimates" in result:
@@ -157,7 +166,9 @@ def compare_variants(options: argparse.Namespace, python: Path) -> int:
     for name, result in run_frontend(python, requests).items():
         equal = verdict_of(result) == verdict_of_lint(lints[name])
         agreed &= equal
-        rows.append([name, verdict_of(result), verdict_of_lint(lints[name]), "yes" if equal else "NO", VARIANTS[name].text])
+        rows.append(
+            [name, verdict_of(result), verdict_of_lint(lints[name]), "yes" if equal else "NO", VARIANTS[name].text]
+        )
     print(text_table(["variant", "FINN", "lint", "equal", "what it is"], rows, right=()))
     print(f"\nFINN and the lint {'agree on every graph' if agreed else 'DISAGREE'}")
     return 0 if agreed else 1
@@ -184,7 +195,8 @@ def _left(operators: Iterable[str]) -> str:
 
 def _request(options: argparse.Namespace, path: Path, folder: str) -> dict[str, Any]:
     return {
-        "model": str(path), "output": str(options.out / "finn" / folder), "part": options.part, "target_fps": options.fps,
+        "model": str(path), "output": str(options.out / "finn" / folder), "part": options.part,
+        "target_fps": options.fps,
         "clock_ns": options.clock,
     }  # fmt: skip
 

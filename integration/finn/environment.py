@@ -1,4 +1,5 @@
-"""FINN's own virtual environment: one that is named, or one that is made. FINN pins other versions than this package."""
+"""FINN's own virtual environment: one that is named, or one that is made. FINN pins other versions than this package.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from maskaq_brevitas.errors import ConfigurationError, ExportError
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import ExportError
 
 __all__ = ["PACKAGES", "VARIABLE", "environment_python", "run_frontend"]
 
@@ -64,7 +66,8 @@ def run_frontend(python: Path, requests: dict[str, dict[str, Any]]) -> dict[str,
 
     Args:
         python: of FINN's environment.
-        requests: what :mod:`integration.finn.frontend` reads, by name; without an absolute ``output`` they mean nothing.
+        requests: what :mod:`integration.finn.frontend` reads, by name; without an absolute ``output`` they mean
+            nothing.
 
     Raises:
         ExportError: the front end ended without a result.

@@ -1,8 +1,8 @@
 """FINN's front end on one file; runs in FINN's own environment, knows nothing of this package.
 
-``python frontend.py REQUEST.json ...`` reads of each request ``model``, ``output``, ``part``, ``target_fps``, ``clock_ns``
-and, optionally, ``sample`` (an ``.npz``, see :mod:`integration.finn.reference`), and writes ``RESULT.json`` into the folder
-``output``. The build steps are FINN's own, in the order of its estimate-only flow.
+``python frontend.py REQUEST.json ...`` reads of each request ``model``, ``output``, ``part``, ``target_fps``,
+``clock_ns`` and, optionally, ``sample`` (an ``.npz``, see :mod:`integration.finn.reference`), and writes
+``RESULT.json`` into the folder ``output``. The build steps are FINN's own, in the order of its estimate-only flow.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ class _InStep:
                 if best is None or equal > best[0]:
                     best = (equal, key, view, codes)
         if best is None or best[0] < 0.95:
-            self.strange.append(f"{name}: equals no quantizer of PyTorch (nearest {0.0 if best is None else best[0]:.3f})")
+            self.strange.append(
+                f"{name}: equals no quantizer of PyTorch (nearest {0.0 if best is None else best[0]:.3f})"
+            )
             return value
         _, key, view, codes = best
         del self.levels[key]

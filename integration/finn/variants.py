@@ -149,7 +149,9 @@ def _erf(wrapper: Any) -> None:
     for index, (operator, inputs) in enumerate(steps):
         result = output if index == len(steps) - 1 else f"{node.name}_step_{index}"
         named = [f"{node.name}_step_{name}" if name.isdigit() else name for name in inputs]
-        wrapper.graph.node.insert(place + index, helper.make_node(operator, named, [result], name=f"{node.name}_{index}"))
+        wrapper.graph.node.insert(
+            place + index, helper.make_node(operator, named, [result], name=f"{node.name}_{index}")
+        )
         wrapper.set_tensor_shape(result, shape)
     wrapper.graph.node.remove(node)
 
@@ -157,7 +159,9 @@ def _erf(wrapper: Any) -> None:
 VARIANTS = {
     "profile": Variant("the whole model in the profile's form"),
     "encoder": Variant("its encoder only", cut="encoder"),
-    "generic": Variant("the same model by the generic QONNX export: fused qkv, norms with their affine part", generic=True),
+    "generic": Variant(
+        "the same model by the generic QONNX export: fused qkv, norms with their affine part", generic=True
+    ),
     "default-scheme": Variant("scheme w4a4, exported generically", generic=True, scheme="w4a4"),
     "mean-pooling": Variant("mean over patch tokens, exported generically", generic=True, model={"global_pool": "avg"}),
     "zero-point": Variant("a zero point behind GELU", _zero_point),

@@ -10,14 +10,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.utils.data import DataLoader
 
-from integration.material import BATCH, Material, add_options, command_line, print_table
-from integration.torch_ao_fx.flows import compiled, fx_int8, fx_qat_int8, pt2e_int8
+from integration.material import BATCH
+from integration.material import Material
+from integration.material import add_options
+from integration.material import command_line
+from integration.material import print_table
+from integration.torch_ao_fx.flows import compiled
+from integration.torch_ao_fx.flows import fx_int8
+from integration.torch_ao_fx.flows import fx_qat_int8
+from integration.torch_ao_fx.flows import pt2e_int8
 from maskaq_brevitas import DataFreeCalibrator
 
 TITLES = ["flow", "calibrated on", "top-1 [%]", "ms per image", "speed"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
 from maskaq_brevitas.config.checks import check_choice
 from maskaq_brevitas.config.tuning import DistillConfig
@@ -33,7 +34,8 @@ class Effort:
 def _distillation(**values: Any) -> DistillConfig:
     """Distillation of block outputs on half of the patch tokens; weights move in units of their own grid."""
     return DistillConfig(
-        steps_per_epoch=50, refresh_every=None, distance_weight=0.0, feature_weight=1.0, temperature=2.0, kept_tokens=0.5,
+        steps_per_epoch=50, refresh_every=None, distance_weight=0.0, feature_weight=1.0, temperature=2.0,
+        kept_tokens=0.5,
         augment="light",
         learning_rate=4e-5, final_learning_rate=4e-7, weight_learning_rate=2e-3, scale_learning_rate=5e-3, **values,
     )  # fmt: skip
@@ -42,7 +44,9 @@ def _distillation(**values: Any) -> DistillConfig:
 #: ``fast`` only calibrates. The others distil the outputs of all blocks, on the pool and on drawn images.
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(num_images=64, steps=100, procedural_share=0.5, tuning=None),
-    "default": Effort(num_images=128, steps=50, procedural_share=0.25, tuning=_distillation(epochs=10, drawn_images=256)),
+    "default": Effort(
+        num_images=128, steps=50, procedural_share=0.25, tuning=_distillation(epochs=10, drawn_images=256)
+    ),
     "best": Effort(num_images=320, steps=30, procedural_share=0.25, tuning=_distillation(epochs=16, drawn_images=512)),
 }
 

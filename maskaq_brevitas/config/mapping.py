@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
+from typing import TypeVar
 
 from maskaq_brevitas.config.scheme import LayerBits
 from maskaq_brevitas.errors import ConfigurationError

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+from typing import Literal
 
-from maskaq_brevitas.config.checks import check_at_least, check_bool, check_choice, finite_number
+from maskaq_brevitas.config.checks import check_at_least
+from maskaq_brevitas.config.checks import check_bool
+from maskaq_brevitas.config.checks import check_choice
+from maskaq_brevitas.config.checks import finite_number
 from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = ["LayerBits", "SCHEME_NAMES", "Scheme", "parse_bits", "resolve_scheme"]
@@ -69,21 +74,22 @@ class Scheme:
         gelu: quantizer behind the MLP's activation function: ``"asymmetric"`` (unsigned with a zero point) or
             ``"signed"`` (zero point 0, as FINN wants).
         softmax: ``"unsigned"`` or ``"signed"`` (half of the codes unused, as FINN wants).
-        input_scales: ``"channel"``: what a LayerNorm or the MLP's activation function gives to a linear layer is quantized
-            with one scale per channel (each channel's codes still have the nominal width; a thresholding back-end takes
-            the scales for nothing, an integer matmul has to multiply by them before it accumulates). ``"tensor"``: one
-            scale, as everywhere else in the graph; channels of unequal range then cost accuracy at low bits.
+        input_scales: ``"channel"``: what a LayerNorm or the MLP's activation function gives to a linear layer is
+            quantized with one scale per channel (each channel's codes still have the nominal width; a thresholding
+            back-end takes the scales for nothing, an integer matmul has to multiply by them before it accumulates).
+            ``"tensor"``: one scale, as everywhere else in the graph; channels of unequal range then cost accuracy at
+            low bits.
         equalize: range of the channels of LayerNorm outputs and MLP hidden units before they are quantized:
             ``True`` shifts and scales every channel to one common symmetric range and folds the inverse into the
-            next weight (and, for a LayerNorm, into its affine part), so that the graph keeps per-tensor quantizers. With
-            ``input_scales="channel"`` channels are only shifted; their scales stay in the quantizer.
-        bias_correction: whether the mean error that rounding a weight leaves in a linear layer's output, on the synthetic
-            images, is taken off its bias.
-        average_bits: mixed precision: the widths of the layers at nominal bits are chosen by their sensitivity, such that
-            the model costs no more bit operations than with this (fractional) width everywhere; ``bits`` is what images
-            are synthesised against. ``None``: all at ``bits``.
-        patch_tokens: width at which the patch embedding's output is quantized, so that the class token can be joined to it
-            on one integer grid, as FINN wants. ``None``: it is not.
+            next weight (and, for a LayerNorm, into its affine part), so that the graph keeps per-tensor quantizers.
+            With ``input_scales="channel"`` channels are only shifted; their scales stay in the quantizer.
+        bias_correction: whether the mean error that rounding a weight leaves in a linear layer's output, on the
+            synthetic images, is taken off its bias.
+        average_bits: mixed precision: the widths of the layers at nominal bits are chosen by their sensitivity, such
+            that the model costs no more bit operations than with this (fractional) width everywhere; ``bits`` is what
+            images are synthesised against. ``None``: all at ``bits``.
+        patch_tokens: width at which the patch embedding's output is quantized, so that the class token can be joined to
+            it on one integer grid, as FINN wants. ``None``: it is not.
     """
 
     name: str
@@ -133,15 +139,16 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
     """The scheme of a name.
 
     ``wXaY`` keeps patch embedding, head and attention probabilities at 8 bits (comparable with FIMA-Q and GLF-Q, which
-    keep the first and last layer at 8; the probabilities are ours, and reports name them), and has one scale per channel
-    behind LayerNorms and GELU. ``tensor-wXaY`` is the same with one scale per tensor everywhere. ``strict-wXaY`` puts every
-    layer and operand at the nominal widths, with one scale per tensor (comparable with MaskAQ's table). ``finn-wXaY`` is
-    ``tensor-wXaY`` with signed quantizers everywhere and quantized patch tokens: what FINN maps to hardware. ``auto-B``
-    chooses widths layer by layer within the bit operations of B bits everywhere (``auto-4.5``); the rest as in ``wXaY``.
+    keep the first and last layer at 8; the probabilities are ours, and reports name them), and has one scale per
+    channel behind LayerNorms and GELU. ``tensor-wXaY`` is the same with one scale per tensor everywhere.
+    ``strict-wXaY`` puts every layer and operand at the nominal widths, with one scale per tensor (comparable with
+    MaskAQ's table). ``finn-wXaY`` is ``tensor-wXaY`` with signed quantizers everywhere and quantized patch tokens: what
+    FINN maps to hardware. ``auto-B`` chooses widths layer by layer within the bit operations of B bits everywhere
+    (``auto-4.5``); the rest as in ``wXaY``.
 
     Args:
-        scheme: ``"wXaY"``, ``"tensor-wXaY"``, ``"strict-wXaY"``, ``"finn-wXaY"`` or ``"auto-B"`` with 2 <= X, Y, B <= 8, or a
-            :class:`Scheme`, which is returned as it is.
+        scheme: ``"wXaY"``, ``"tensor-wXaY"``, ``"strict-wXaY"``, ``"finn-wXaY"`` or ``"auto-B"`` with 2 <= X, Y, B <=
+            8, or a :class:`Scheme`, which is returned as it is.
 
     Raises:
         ConfigurationError: for any other text.
@@ -164,8 +171,8 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
         check_choice("scheme", kind, ("", "tensor", "strict", "finn"))
     except ConfigurationError:
         raise ConfigurationError(
-            f"Unknown scheme {scheme!r}. Expected wXaY, tensor-wXaY, strict-wXaY, finn-wXaY or auto-B with 2 <= X, Y, B <= 8, "
-            f"for example {', '.join(SCHEME_NAMES)}."
+            f"Unknown scheme {scheme!r}. Expected wXaY, tensor-wXaY, strict-wXaY, finn-wXaY or auto-B with 2 <= X, Y, "
+            f"B <= 8, for example {', '.join(SCHEME_NAMES)}."
         ) from None
     outer = bits if kind == "strict" else LayerBits(8, 8)
     return Scheme(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
-from maskaq_brevitas.config.checks import check_at_least, check_bool, check_choice, finite_number
+from maskaq_brevitas.config.checks import check_at_least
+from maskaq_brevitas.config.checks import check_bool
+from maskaq_brevitas.config.checks import check_choice
+from maskaq_brevitas.config.checks import finite_number
 from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = ["AttentionKind", "SynthesisConfig"]
@@ -30,37 +34,39 @@ class SynthesisConfig:
         learning_rate: of AdamW at the first iteration, in units of the normalised image.
         final_learning_rate: at the last iteration (cosine schedule).
         procedural_share: share of the images that are not optimised but drawn
-            (:mod:`maskaq_brevitas.synthesis.scenes`), whose statistics are nearer to photographs. They cost no iterations.
-            ViT-Tiny, w4a4, calibrated on 288 images that were optimised from low frequencies and 96 drawn ones, KL
-            divergence from the float model in nats on 416 crops of photographs from Python packages: scenes 1.40, dead
-            leaves and shaded shapes 1.49. Drawn images alone teach less: after 200 steps of distillation 1.48 against 1.29.
+            (:mod:`maskaq_brevitas.synthesis.scenes`), whose statistics are nearer to photographs. They cost no
+            iterations. ViT-Tiny, w4a4, calibrated on 288 images that were optimised from low frequencies and 96 drawn
+            ones, KL divergence from the float model in nats on 416 crops of photographs from Python packages: scenes
+            1.40, dead leaves and shaded shapes 1.49. Drawn images alone teach less: after 200 steps of distillation
+            1.48 against 1.29.
         init: ``"gaussian"`` (white, per pixel), ``"low_frequency"`` (1/f amplitude spectrum, as natural images have),
             ``"dead_leaves"`` (edges and flat regions too) or ``"scenes"``. Measured as above after 200 steps of
-            distillation, scenes among the drawn images: started from low frequencies 1.10 (384 images, 50 iterations, all
-            terms), from scenes 1.05 (160 images, 25 iterations, class and total variation alone).
+            distillation, scenes among the drawn images: started from low frequencies 1.10 (384 images, 50 iterations,
+            all terms), from scenes 1.05 (160 images, 25 iterations, class and total variation alone).
         parameterization: what the optimiser turns: ``"pixel"`` (METHOD.md) or ``"spectrum"`` (1/f-weighted Fourier
             coefficients on decorrelated colour axes).
-        head_weight, class_weight, tv_weight, align_weight, entropy_weight: coefficients of the five terms. Of a model without
-            classes, class_weight is that of the distance of both networks' features. The published 0.1 for alignment
-            belongs to q k^T; our logits are smaller by sqrt(d) (8 for ViT-Tiny), so 1 is its equivalent.
+        head_weight, class_weight, tv_weight, align_weight, entropy_weight: coefficients of the five terms. Of a model
+            without classes, class_weight is that of the distance of both networks' features. The published 0.1 for
+            alignment belongs to q k^T; our logits are smaller by sqrt(d) (8 for ViT-Tiny), so 1 is its equivalent.
         tv_norm: ``"l2"`` (METHOD.md: 2-norms of the differences, per image) or ``"l1"`` (mean absolute difference,
             which keeps acting on small differences).
         head_attention, entropy_attention, align_attention, mask_attention: which attention each term reads.
-            ``"logits"`` are q k^T / sqrt(d); ``"raw_logits"`` are q k^T; ``"probabilities"`` are after softmax. Measured on
-            ViT-Tiny (32 images, 100 steps, one seed; KL divergence from the float model in nats at w4a8 / w6a6 / w4a4, on
-            crops of the photographs shipped with scikit-image): logits everywhere 0.85 / 0.72 / 3.30; raw logits, with
-            alignment at 0.1, 0.82 / 0.66 / 3.38; probabilities for head and entropy 0.80 / 0.80 / 2.97; probabilities for
-            the mask 0.85 / 0.72 / 3.06. No choice wins at all widths, so the default stays with the published kind.
+            ``"logits"`` are q k^T / sqrt(d); ``"raw_logits"`` are q k^T; ``"probabilities"`` are after softmax.
+            Measured on ViT-Tiny (32 images, 100 steps, one seed; KL divergence from the float model in nats at w4a8 /
+            w6a6 / w4a4, on crops of the photographs shipped with scikit-image): logits everywhere 0.85 / 0.72 / 3.30;
+            raw logits, with alignment at 0.1, 0.82 / 0.66 / 3.38; probabilities for head and entropy 0.80 / 0.80 /
+            2.97; probabilities for the mask 0.85 / 0.72 / 3.06. No choice wins at all widths, so the default stays with
+            the published kind.
         entropy_rows: rows of attention sampled in each iteration for the entropy term; ``None`` takes all.
         head_rows: the same for the head coherence term.
-        mask_per_layer: one informative-region mask per layer instead of one for all. Measured as above: 0.91 / 0.65 / 3.01
-            against 0.85 / 0.72 / 3.30 of one mask.
+        mask_per_layer: one informative-region mask per layer instead of one for all. Measured as above: 0.91 / 0.65 /
+            3.01 against 0.85 / 0.72 / 3.30 of one mask.
         mask_start, mask_end: share of patches that count as informative at the first and last iteration (linear).
         mask_drop: share of the selected patches dropped at random in each iteration.
         mask_enabled: ``False`` aligns all patches.
-        kept_tokens: share of the patches that both networks still see at the end: those that receive least attention are
-            dropped in four cuts before 40 % of the iterations (sparse inversion), and an iteration costs less and less.
-            What they show is then shaped by total variation alone. 1 drops none.
+        kept_tokens: share of the patches that both networks still see at the end: those that receive least attention
+            are dropped in four cuts before 40 % of the iterations (sparse inversion), and an iteration costs less and
+            less. What they show is then shaped by total variation alone. 1 drops none.
         jitter: the image is rolled by up to this many pixels in each direction, first half of the run; pixels of an
             image whose shorter side is 224, scaled to the model's size.
         late_jitter: the same, second half.
@@ -68,9 +74,9 @@ class SynthesisConfig:
         colour_shift, colour_scale: strength of the random per-channel shift (decays to 0 over the run) and of the
             scale, in units of the normalised image.
         precision: arithmetic of the two networks; images and losses stay in float32.
-        memory_mib: what autograd may keep of the two networks at once, in MiB: a batch passes through them in parts that
-            fit, for the same gradient. ``None``: 640 on a CPU (larger parts are not faster there), half of the free memory
-            on a GPU.
+        memory_mib: what autograd may keep of the two networks at once, in MiB: a batch passes through them in parts
+            that fit, for the same gradient. ``None``: 640 on a CPU (larger parts are not faster there), half of the
+            free memory on a GPU.
         max_redraws: how often an image whose objective is not finite is drawn again before synthesis gives up.
     """
 
@@ -131,8 +137,8 @@ class SynthesisConfig:
                 raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
         if not any(getattr(self, name) > 0 for name in _TERM_WEIGHTS if name != "align_weight"):
             raise ConfigurationError(
-                "Expected at least one of head_weight, class_weight, tv_weight and entropy_weight above 0: without them "
-                "nothing shapes the images."
+                "Expected at least one of head_weight, class_weight, tv_weight and entropy_weight above 0: without "
+                "them nothing shapes the images."
             )
         for name in ("mask_per_layer", "mask_enabled", "flip"):
             check_bool(name, getattr(self, name))
@@ -151,10 +157,13 @@ class SynthesisConfig:
         coefficient is 2.5e-5 * sqrt(16) (METHOD.md, section 2).
         """
         values: dict[str, Any] = dict(
-            steps=2000, batch_size=16, procedural_share=0.0, learning_rate=0.1, final_learning_rate=1e-3, init="gaussian",
-            parameterization="pixel", head_weight=1.0, class_weight=1.0, tv_weight=2.5e-5 * 4, align_weight=0.1, entropy_weight=1.0,
+            steps=2000, batch_size=16, procedural_share=0.0, learning_rate=0.1, final_learning_rate=1e-3,
+            init="gaussian",
+            parameterization="pixel", head_weight=1.0, class_weight=1.0, tv_weight=2.5e-5 * 4, align_weight=0.1,
+            entropy_weight=1.0,
             tv_norm="l2", head_attention="raw_logits", entropy_attention="raw_logits", align_attention="raw_logits",
-            mask_attention="raw_logits", entropy_rows=64, head_rows=None, mask_per_layer=False, mask_start=0.5, mask_end=0.1,
+            mask_attention="raw_logits", entropy_rows=64, head_rows=None, mask_per_layer=False, mask_start=0.5,
+            mask_end=0.1,
             mask_drop=0.3, mask_enabled=True, jitter=8, late_jitter=16, flip=False, precision="float32",
         )  # fmt: skip
         return cls(**{**values, **changes})

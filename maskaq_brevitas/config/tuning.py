@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
-from maskaq_brevitas.config.checks import check_at_least, check_choice, finite_number
+from maskaq_brevitas.config.checks import check_at_least
+from maskaq_brevitas.config.checks import check_choice
+from maskaq_brevitas.config.checks import finite_number
 from maskaq_brevitas.errors import ConfigurationError
 
 __all__ = ["DistillConfig", "ReconstructConfig", "TuningConfig"]
@@ -16,15 +19,16 @@ class DistillConfig:
     """How the quantized model is tuned on the images, with the float model as teacher (METHOD.md, section 3).
 
     ``DistillConfig()`` holds our defaults; :meth:`published` the paper's and its code's. No label enters the loss. The
-    default rates were chosen by the held-back loss at w4a4, one seed: on ``digits_vit`` (64 synthetic images, 15 epochs,
-    ``learning_rate=1e-4``) 0.47, against 0.70 with a ``scale_learning_rate`` of 1e-3 and 0.71 with fixed scales; on
-    ViT-Tiny (56 synthetic images, 12 epochs) 5.15 with ``learning_rate=1e-4``, against 5.25 with 3e-4 (7.49 untuned).
+    default rates were chosen by the held-back loss at w4a4, one seed: on ``digits_vit`` (64 synthetic images, 15
+    epochs, ``learning_rate=1e-4``) 0.47, against 0.70 with a ``scale_learning_rate`` of 1e-3 and 0.71 with fixed
+    scales; on ViT-Tiny (56 synthetic images, 12 epochs) 5.15 with ``learning_rate=1e-4``, against 5.25 with 3e-4 (7.49
+    untuned).
 
     Attributes:
         epochs: passes over the pool, or ``steps_per_epoch`` steps each; the held-back images are measured behind each.
         steps_per_epoch: steps of an epoch; ``None`` means one pass over the pool.
-        drawn_images: further images that are drawn for the tuning alone (:mod:`maskaq_brevitas.synthesis.scenes`), about
-            90 ms each at 224 pixels; half of each batch is of them.
+        drawn_images: further images that are drawn for the tuning alone (:mod:`maskaq_brevitas.synthesis.scenes`),
+            about 90 ms each at 224 pixels; half of each batch is of them.
         refresh_every: epochs between refreshes of the images; ``None`` never refreshes.
         refresh_share: of the pool that a refresh replaces, in (0, 1].
         refresh_steps: iterations of a refresh; ``None`` means a quarter of the synthesis' from images, all from noise.
@@ -40,26 +44,26 @@ class DistillConfig:
         momentum: of SGD.
         weight_decay: of the weights.
         max_gradient_norm: the gradient of all parameters together is scaled down to this 2-norm; ``None`` leaves it.
-        kept_tokens: share of the patch tokens that both networks see in a training step, drawn anew for each image. Half
-            of them take little more than half the time, and the images vary more.
+        kept_tokens: share of the patch tokens that both networks see in a training step, drawn anew for each image.
+            Half of them take little more than half the time, and the images vary more.
         temperature: T of the divergence of the outputs.
         distance_weight: c, the coefficient of the context distance; 0 leaves it out.
-        feature_weight: coefficient of the error of the blocks' outputs (:func:`~maskaq_brevitas.tuning.losses.block_error`,
-            mean over blocks); 0 leaves it out.
+        feature_weight: coefficient of the error of the blocks' outputs
+            (:func:`~maskaq_brevitas.tuning.losses.block_error`, mean over blocks); 0 leaves it out.
         include_prefix: whether prefix tokens (the class token) count in the context distance. On ``digits_vit`` at w4a4
             (64 images, 15 epochs, one seed) it changed top-1 by one test image of 599.
         augment: ``"none"``; ``"light"`` (random resized crop of at least 70 % of the area); ``"published"`` (random
             resized crop, flip, colour jitter, grayscale, blur); ``"cutmix"`` (the same, then a box of each image is
             replaced by that of another: the teacher labels what results). Measured on ViT-Tiny at w4a4 (56 synthetic
-            images, 160 steps, bfloat16, one seed; agreement with the float model on crops of the photographs shipped with
-            scikit-image, 8.9 % untuned): light 27.1 %, published 35.9 %, cutmix 38.5 %. With half of the tokens kept, 384
-            images and 256 drawn ones, 200 steps, light is better: KL divergence on crops of photographs 1.32 nats, cutmix
-            1.37. On ``digits_vit`` at w3a3 (two
-            seeds) light and published differ by less than their spread.
+            images, 160 steps, bfloat16, one seed; agreement with the float model on crops of the photographs shipped
+            with scikit-image, 8.9 % untuned): light 27.1 %, published 35.9 %, cutmix 38.5 %. With half of the tokens
+            kept, 384 images and 256 drawn ones, 200 steps, light is better: KL divergence on crops of photographs 1.32
+            nats, cutmix 1.37. On ``digits_vit`` at w3a3 (two seeds) light and published differ by less than their
+            spread.
         precision: arithmetic of the two networks; losses and optimiser stay in float32.
-        compile: whether ``torch.compile`` fuses the blocks of both networks, which more than halves the time of a step and
-            costs about half a minute: ``"auto"`` (if the tuning is long enough), ``"always"`` or ``"never"``. Not with a
-            context distance, which has to look inside the blocks.
+        compile: whether ``torch.compile`` fuses the blocks of both networks, which more than halves the time of a step
+            and costs about half a minute: ``"auto"`` (if the tuning is long enough), ``"always"`` or ``"never"``. Not
+            with a context distance, which has to look inside the blocks.
     """
 
     epochs: int = 20
@@ -135,7 +139,8 @@ class DistillConfig:
         values: dict[str, Any] = dict(
             epochs=100, refresh_every=30, refresh_share=1.0, refresh_steps=None, refresh_start="noise", batch_size=16,
             optimizer="sgd", learning_rate=1e-3, final_learning_rate=1e-5, momentum=0.9, weight_decay=0.0,
-            max_gradient_norm=None, temperature=5.0, distance_weight=10.0, feature_weight=0.0, augment="published", precision="float32",
+            max_gradient_norm=None, temperature=5.0, distance_weight=10.0, feature_weight=0.0, augment="published",
+            precision="float32",
         )  # fmt: skip
         return cls(**{**values, **changes})
 
@@ -179,7 +184,9 @@ class ReconstructConfig:
             if not finite_number(getattr(self, name)) >= 0:
                 raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
         if not finite_number(self.informative_weight) > 0:
-            raise ConfigurationError(f"informative_weight: expected a positive number, got {self.informative_weight!r}.")
+            raise ConfigurationError(
+                f"informative_weight: expected a positive number, got {self.informative_weight!r}."
+            )
         if not 0 <= finite_number(self.drop) < 1:
             raise ConfigurationError(f"drop: expected a share in [0, 1), got {self.drop!r}.")
         check_choice("rounding", self.rounding, ("straight-through", "learned"))

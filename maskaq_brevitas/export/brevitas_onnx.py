@@ -112,12 +112,14 @@ def run_exporter(
     Args:
         exporter: of ``brevitas.export``; it changes the model's export handlers.
         title: of the format, for messages.
-        shape: of one input, ``(channels, height, width)`` for an image; ``batch`` is their number where it is not ``dynamic``.
+        shape: of one input, ``(channels, height, width)`` for an image; ``batch`` is their number where it is not
+            ``dynamic``.
         dynamo: by way of torch.export; otherwise by TorchScript.
         options: what this exporter takes besides.
 
     Raises:
-        ExportError: the model gives no tensors, the exporter failed, or the model's code fixes a batch that was to be dynamic.
+        ExportError: the model gives no tensors, the exporter failed, or the model's code fixes a batch that was to be
+            dynamic.
     """
     import onnx
 
@@ -134,7 +136,8 @@ def run_exporter(
         options |= {"input_names": ["image"], "output_names": ["logits"]}
         options["dynamic_axes"] = {"image": {0: BATCH_DIMENSION}, "logits": {0: BATCH_DIMENSION}}
     try:
-        # Not in memory: Brevitas' QCDQ exporter gives nothing back. Not beside the target: torch may leave a .data file.
+        # Not in memory: Brevitas' QCDQ exporter gives nothing back. Not beside the target: torch may leave a .data
+        # file.
         with tempfile.TemporaryDirectory() as folder:
             aside = os.path.join(folder, "model.onnx")
             exporter(model, args=example, export_path=aside, **options)
@@ -206,6 +209,9 @@ def _same(one: list[Call] | None, other: list[Call] | None) -> bool:
         return False
     pairs = list(zip(one, other, strict=True))
     return all(
-        a.input is not None and b.input is not None and torch.equal(a.input, b.input) and torch.equal(a.output, b.output)
+        a.input is not None
+        and b.input is not None
+        and torch.equal(a.input, b.input)
+        and torch.equal(a.output, b.output)
         for a, b in pairs
     )

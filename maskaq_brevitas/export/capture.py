@@ -31,8 +31,8 @@ def capture_calls(
         select: says whether a module is watched.
 
     Returns:
-        The model's output, several tensors as one (:func:`~maskaq_brevitas.export.outputs.joined`), and for each watched module
-        that was called its calls in order, by module name.
+        The model's output, several tensors as one (:func:`~maskaq_brevitas.export.outputs.joined`), and for each
+        watched module that was called its calls in order, by module name.
     """
     calls: dict[str, list[Call]] = {}
     handles: list[Any] = []

@@ -28,8 +28,8 @@ class ModelCard:
         activations, activation_bits: number of values that convolutions and matrix products give, and their bits as
             accumulated (qonnx counts 32 for a product of integers).
         uncounted: operators that qonnx counts as free.
-        tensors: data type of every tensor between nodes, by name as in the file; ``SCALEDINT<4>`` is a 4-bit integer with
-            a float scale.
+        tensors: data type of every tensor between nodes, by name as in the file; ``SCALEDINT<4>`` is a 4-bit integer
+            with a float scale.
         quantizers: data type that each quantizer gives, by the name of its module in PyTorch.
     """
 
@@ -64,13 +64,17 @@ def model_card(path: str | os.PathLike[str]) -> ModelCard:
     with quiet():
         graph, _ = load_for_batch(path, None, 1)
         typed = graph.transform(InferShapes()).transform(GiveUniqueParameterTensors()).transform(types_of)
-        # What inference_cost would do itself, one constant at a time with all shapes inferred again after each: minutes.
-        folded = typed.transform(FoldConstantsFiltered(lambda *_: True)).transform(RemoveUnusedTensors()).transform(types_of)
+        # What inference_cost would do itself, one constant at a time with all shapes inferred again after each:
+        # minutes.
+        folded = (
+            typed.transform(FoldConstantsFiltered(lambda *_: True)).transform(RemoveUnusedTensors()).transform(types_of)
+        )
         cost: dict[str, Any] = inference_cost(folded, preprocess=False, discount_sparsity=False)["total_cost"]
     outputs = [(node, name) for node in typed.graph.node for name in node.output]
     types = {name: str(typed.get_tensor_datatype(name).name) for _, name in outputs}
     pairs = {
-        key.removeprefix("op_mac_").replace("_", " x "): int(count) for key, count in cost.items() if key.startswith("op_mac_")
+        key.removeprefix("op_mac_").replace("_", " x "): int(count) for key,
+        count in cost.items() if key.startswith("op_mac_")
     }  # fmt: skip
     named = {
         _module(node): types[name] for node, name in outputs if node.op_type in QUANT_OPS and _module(node)
@@ -95,7 +99,8 @@ def card_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_card(card: ModelCard, path: str | os.PathLike[str]) -> Path:
-    """Write the card of the QONNX file at ``path`` as JSON beside it; the file appears only when whole. Gives its path."""
+    """Write the card of the QONNX file at ``path`` as JSON beside it; the file appears only when whole. Gives its path.
+    """
     target = card_path(path)
     with whole_file(target) as temporary:
         temporary.write_text(json.dumps(vars(card), indent=2) + "\n", encoding="utf-8")

@@ -280,7 +280,9 @@ def compare_quantizer(
             taken, given = taken.T, given.T
         if given.shape != result.shape:
             continue
-        outcome = _compare_values(taken if source is None else source, result, scale, zero_point, taken, given, tolerance)
+        outcome = _compare_values(
+            taken if source is None else source, result, scale, zero_point, taken, given, tolerance
+        )
         if outcome[0] is None:
             return outcome
         best = best or outcome
@@ -298,7 +300,8 @@ def _compare_values(
     given: NDArray[Any],
     tolerance: float,
 ) -> tuple[str | None, NDArray[Any], int]:
-    """The comparison itself, all in one layout: ``source`` and ``result`` of the file against ``taken`` and ``given``."""
+    """The comparison itself, all in one layout: ``source`` and ``result`` of the file against ``taken`` and ``given``.
+    """
     difference = relative_difference(source, taken)
     if not difference <= tolerance:
         return f"its input differs by {difference:.3g} of the largest value", given, 0

@@ -31,10 +31,10 @@ __all__ = ["QcdqModel", "load_qcdq", "qcdq_in_step", "qcdq_session"]
 class QcdqModel(nn.Module):
     """A QCDQ file as a module: images ``(batch, channels, height, width)`` to logits, by ONNX Runtime, on the CPU.
 
-    The session has ``session.disable_quant_qdq`` set to ``"1"``: ONNX Runtime then computes what the nodes say, in float32
-    between the quantizers. By default it also merges a weight's DequantizeLinear into the matrix product, which rounds
-    differently by about 1e-6 (measured with 1.32), and a rounding tie now and then decides differently. Files as Brevitas
-    alone writes them, with one scale per channel at an activation, it may get wrong by far more.
+    The session has ``session.disable_quant_qdq`` set to ``"1"``: ONNX Runtime then computes what the nodes say, in
+    float32 between the quantizers. By default it also merges a weight's DequantizeLinear into the matrix product, which
+    rounds differently by about 1e-6 (measured with 1.32), and a rounding tie now and then decides differently. Files as
+    Brevitas alone writes them, with one scale per channel at an activation, it may get wrong by far more.
 
     Args:
         path: a file written by :func:`maskaq_brevitas.export.export_qcdq`.
@@ -87,14 +87,15 @@ def qcdq_session(proto: Any) -> Any:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
-            f"ONNX Runtime {onnxruntime.__version__} refuses the file: {str(error)[-600:]}. It is damaged, or this version "
-            "of ONNX Runtime does not know its operators."
+            f"ONNX Runtime {onnxruntime.__version__} refuses the file: {str(error)[-600:]}. It is damaged, or this "
+            "version of ONNX Runtime does not know its operators."
         ) from error
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A quantizer of the graph: its DequantizeLinear, and what leads to it from its input (None for a stored weight)."""
+    """A quantizer of the graph: its DequantizeLinear, and what leads to it from its input (None for a stored weight).
+    """
 
     index: int
     node: Any

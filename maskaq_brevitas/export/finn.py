@@ -64,8 +64,8 @@ def export_finn(
 ) -> FinnFile:
     """Write a quant model of a scheme ``finn-wXaY`` as a QONNX file whose nodes all have a hardware operator in FINN.
 
-    The graph computes what the model computes, in the form of :mod:`~maskaq_brevitas.export.finn_form`; its batch is 1, its
-    opset 20. The model is not touched.
+    The graph computes what the model computes, in the form of :mod:`~maskaq_brevitas.export.finn_form`; its batch is 1,
+    its opset 20. The model is not touched.
 
     Args:
         quant_model: a calibrated timm ``VisionTransformer``.

@@ -1,14 +1,16 @@
 """A quant model written out as FINN wants it: the same codes everywhere, in a graph that maps to hardware operators.
 
 FINN takes less than Brevitas computes. The restrictions that cost accuracy (signed quantizers without zero point, one
-scale per tensor, patch tokens on an integer grid) belong to the schemes ``finn-wXaY``, so that calibration and tuning see
-them. What is left is a matter of form, and is done here, on a copy:
+scale per tensor, patch tokens on an integer grid) belong to the schemes ``finn-wXaY``, so that calibration and tuning
+see them. What is left is a matter of form, and is done here, on a copy:
 
 - the fused qkv becomes three linear layers behind one quantizer, and 1/sqrt(head_dim) goes into those of q;
 - that quantizer has scale 1, and its own scale goes into the three weights: FINN moves scales past matmuls, not forks;
 - the batch is 1, and the heads are the leading dimension of the attention matmuls;
-- the affine part of a LayerNorm follows it as a multiplication and an addition: in one node with it, FINN drops the bias;
-- prefix tokens are inserted as zeros on the integer grid of the patch tokens; their values sit in the position embedding;
+- the affine part of a LayerNorm follows it as a multiplication and an addition: in one node with it, FINN drops the
+  bias;
+- prefix tokens are inserted as zeros on the integer grid of the patch tokens; their values sit in the position
+  embedding;
 - each weight is the value that it is quantized to.
 """
 
@@ -16,16 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol, cast
+from typing import Any
+from typing import Literal
+from typing import Protocol
+from typing import cast
 
 import torch
 from brevitas.inject.enum import ScalingImplType
 from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.quant import Int8ActPerTensorFloat
 from brevitas.quant import Int8WeightPerChannelFloat
-from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer import Block
@@ -56,8 +61,8 @@ def finn_form(quant_model: nn.Module, cut: Cut = "full") -> nn.Module:
 
     Args:
         quant_model: a timm ``VisionTransformer``, quantized by a scheme ``finn-wXaY`` and calibrated; it is copied.
-        cut: ``"full"`` takes ``(1, channels, height, width)`` and gives logits ``(1, classes)``; ``"encoder"`` takes tokens
-            ``(1, tokens, dim)`` and gives those behind the last block (in front of the last norm).
+        cut: ``"full"`` takes ``(1, channels, height, width)`` and gives logits ``(1, classes)``; ``"encoder"`` takes
+            tokens ``(1, tokens, dim)`` and gives those behind the last block (in front of the last norm).
 
     Returns:
         The module in evaluation mode, on the CPU, in float32.
@@ -139,7 +144,8 @@ class _Attention(nn.Module):
 
 
 class _KnownBlock(Protocol):
-    """What :func:`_block_problems` lets through: timm's ``Block``, its attention written out and its layers quantized."""
+    """What :func:`_block_problems` lets through: timm's ``Block``, its attention written out and its layers quantized.
+    """
 
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
@@ -156,7 +162,12 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.ls1 = _Norm(block.norm1), _Attention(block.attn), block.ls1
         self.norm2, self.ls2 = _Norm(block.norm2), block.ls2
-        self.fc1, self.act, self.norm, self.fc2 = _layer(block.mlp.fc1), block.mlp.act, block.mlp.norm, _layer(block.mlp.fc2)
+        self.fc1, self.act, self.norm, self.fc2 = (
+            _layer(block.mlp.fc1),
+            block.mlp.act,
+            block.mlp.norm,
+            _layer(block.mlp.fc2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -240,7 +251,8 @@ def _layer(layer: QuantLinear | QuantConv2d) -> nn.Module:
 def _linear(
     source: QuantLinear | QuantConv2d, codes: Tensor, scale: Tensor, bias: Tensor | None
 ) -> QuantLinear | QuantConv2d:
-    """A Brevitas layer like ``source``, without input quantizer, whose weight is ``codes * scale``, on that very grid."""
+    """A Brevitas layer like ``source``, without input quantizer, whose weight is ``codes * scale``, on that very grid.
+    """
     quantizers: dict[str, Any] = dict(
         weight_quant=Int8WeightPerChannelFloat.let(**_grid(source.weight_quant, scale)),
         input_quant=None, bias_quant=None, return_quant_tensor=False, bias=bias is not None,

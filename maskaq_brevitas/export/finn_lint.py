@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -115,7 +116,9 @@ def lint_text(lint: FinnLint, *, every_node: bool = False, only_verdict: bool = 
     """
     lines = []
     if every_node:
-        lines += [f"{node.effect:9} {node.operator:18} {node.hardware:30} {node.module or node.name}" for node in lint.nodes]
+        lines += [
+            f"{node.effect:9} {node.operator:18} {node.hardware:30} {node.module or node.name}" for node in lint.nodes
+        ]
     groups: dict[tuple[str, str, str, str], list[NodeVerdict]] = {}
     for node in lint.nodes:
         if node.effect != "hardware":
@@ -130,8 +133,8 @@ def lint_text(lint: FinnLint, *, every_node: bool = False, only_verdict: bool = 
     lines += [f"note: {note}." for note in notes]
     macs = sum(node.macs for node in lint.nodes)
     verdict = (
-        f"{lint.version}: {lint.node_share:.1%} of {len(lint.nodes)} nodes and {lint.mac_share:.1%} of {macs / 1e6:.1f} MMACs "
-        f"on hardware operators: {'everything lands' if lint.lands else 'it does not land'}"
+        f"{lint.version}: {lint.node_share:.1%} of {len(lint.nodes)} nodes and {lint.mac_share:.1%} of "
+        f"{macs / 1e6:.1f} MMACs on hardware operators: {'everything lands' if lint.lands else 'it does not land'}"
     )
     return verdict if only_verdict else "\n".join([*lines, verdict])
 

@@ -14,8 +14,8 @@ __all__ = ["FINN_VERSION", "RULES", "UNMAPPED", "Effect", "Need", "Rule"]
 #: The version that the rules were read in and run on (September 2026; estimate-only flow).
 FINN_VERSION = "FINN+ 1.6.1"
 
-#: What happens to a node that does not fulfil a need: it stays outside the hardware; FINN raises an error and nothing is
-#: built; or it is built and computes something else.
+#: What happens to a node that does not fulfil a need: it stays outside the hardware; FINN raises an error and nothing
+#: is built; or it is built and computes something else.
 Effect = Literal["unmapped", "refused", "wrong"]
 
 

@@ -1,7 +1,7 @@
 """QuantizeLinear of constant weights -> weights stored as integers, of 4 bits where they fit, in an ONNX QCDQ graph.
 
-torch's dynamo exporter cannot look at the values of a weight, so Brevitas leaves weights in float32 behind a QuantizeLinear
-(https://github.com/Xilinx/brevitas/issues/1346). What these nodes would compute is computed here, once.
+torch's dynamo exporter cannot look at the values of a weight, so Brevitas leaves weights in float32 behind a
+QuantizeLinear (https://github.com/Xilinx/brevitas/issues/1346). What these nodes would compute is computed here, once.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,9 @@ class IntegerWeights:
 def store_integer_weights(model_proto: Any) -> IntegerWeights:
     """Compute QuantizeLinear and Clip of constant weights, in place, and leave the DequantizeLinear behind them.
 
-    A Transpose of a weight (torch stores a Linear's as ``(out, in)``, MatMul wants ``(in, out)``) is applied to the integers
-    too. Codes that fit 4 bits are stored as INT4 or UINT4, two in a byte, if the graph's opset has them. No value changes.
+    A Transpose of a weight (torch stores a Linear's as ``(out, in)``, MatMul wants ``(in, out)``) is applied to the
+    integers too. Codes that fit 4 bits are stored as INT4 or UINT4, two in a byte, if the graph's opset has them. No
+    value changes.
 
     Args:
         model_proto: an ``onnx.ModelProto`` with QuantizeLinear, Clip and DequantizeLinear as Brevitas writes them.
@@ -111,10 +112,13 @@ def _set_axis(node: Any, axis: int | None) -> None:
 
 def _store(graph: Any, node: Any, constants: Constants, opset: int) -> int:
     """Write the codes and zero point that a DequantizeLinear reads as initializers; gives their width in bits."""
-    from onnx import TensorProto, helper
+    from onnx import TensorProto
+    from onnx import helper
 
     codes = constants[node.input[0]]
-    zero_point = constants[node.input[2]] if len(node.input) > 2 else np.zeros_like(constants[node.input[1]], codes.dtype)
+    zero_point = (
+        constants[node.input[2]] if len(node.input) > 2 else np.zeros_like(constants[node.input[1]], codes.dtype)
+    )
     low, high = (-8, 7) if codes.dtype.kind == "i" else (0, 15)
     small = opset >= INT4_OPSET and all(low <= part.min() and part.max() <= high for part in (codes, zero_point))
     if small:
@@ -141,7 +145,9 @@ def _packed(codes: NDArray[Any]) -> NDArray[Any]:
 
 def _drop_unused(graph: Any) -> None:
     """Remove initializers and shape notes of tensors that no node reads or writes any more."""
-    alive = {name for node in graph.node for name in (*node.input, *node.output)} | {value.name for value in graph.output}
+    alive = {name for node in graph.node for name in (*node.input, *node.output)} | {
+        value.name for value in graph.output
+    }
     for entries in (graph.initializer, graph.value_info):
         kept = [entry for entry in entries if entry.name in alive]
         del entries[:]

@@ -1,4 +1,6 @@
-"""What a model gives, for exports and their checks: one tensor, or a list or mapping of tensors with one entry per image each."""
+"""What a model gives, for exports and their checks: one tensor, or a list or mapping of tensors with one entry per
+image each.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +54,8 @@ def check_outputs(model: nn.Module, example: Tensor) -> None:
         inner = f" of {type(output[0]).__name__}" if isinstance(output, (list, tuple)) and output else ""
         inner = f" {tuple(output.shape)}" if isinstance(output, Tensor) else inner
         raise ExportError(
-            f"{type(model).__name__} cannot be exported: it gives {type(output).__name__}{inner}, and a file needs tensors with "
-            "one entry per image, such as (batch, classes) or (batch, channels, height, width). Detections have another number "
-            "in each image. Export the part in front of them: the backbone, calibrator.quant_model.get_submodule(name)."
+            f"{type(model).__name__} cannot be exported: it gives {type(output).__name__}{inner}, and a file needs "
+            "tensors with one entry per image, such as (batch, classes) or (batch, channels, height, width). "
+            "Detections have another number in each image. Export the part in front of them: the backbone, "
+            "calibrator.quant_model.get_submodule(name)."
         )

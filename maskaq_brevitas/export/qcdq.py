@@ -60,9 +60,9 @@ def export_qcdq(
 ) -> QcdqFile:
     """Write a Brevitas model as an ONNX QCDQ file: QuantizeLinear, Clip below 8 bits, DequantizeLinear.
 
-    Weights are stored as integers, those whose codes fit 4 bits as INT4 (torch 2.8 or newer, opset 21; else int8). A copy of
-    the model is exported, in eval mode, on the CPU, in float32: the model that is passed in is not touched. The file
-    appears under its name only when whole. An existing file of that name is replaced.
+    Weights are stored as integers, those whose codes fit 4 bits as INT4 (torch 2.8 or newer, opset 21; else int8). A
+    copy of the model is exported, in eval mode, on the CPU, in float32: the model that is passed in is not touched. The
+    file appears under its name only when whole. An existing file of that name is replaced.
 
     Run it with :class:`~maskaq_brevitas.export.QcdqModel`, or in ONNX Runtime, best with the option that this sets::
 
@@ -79,8 +79,8 @@ def export_qcdq(
     Raises:
         InputError: ``input_shape`` or ``batch_size`` is out of range.
         MissingExtraError: onnx, onnxscript, onnxoptimizer or qonnx is not installed.
-        ExportError: the folder does not exist, the model has no quantizers, the exporter failed (quantized biases, widths
-            above 8 bits), or quantizers of the model are missing in the graph.
+        ExportError: the folder does not exist, the model has no quantizers, the exporter failed (quantized biases,
+            widths above 8 bits), or quantizers of the model are missing in the graph.
     """
     target = checked_target(quant_model, path, input_shape, dynamic_batch, batch_size)
     dynamo = has_dynamo()
@@ -136,8 +136,8 @@ def _finished(proto: Any) -> tuple[Any, Any]:
 def turn_codes(graph: Any) -> None:
     """Let a Transpose that follows a per-tensor DequantizeLinear turn the integers instead, in place.
 
-    The values stay the same. ONNX Runtime (1.32, with its default optimisation) copies the quantizer to behind the Transpose,
-    with another integer type than its zero point has, and then refuses its own graph.
+    The values stay the same. ONNX Runtime (1.32, with its default optimisation) copies the quantizer to behind the
+    Transpose, with another integer type than its zero point has, and then refuses its own graph.
     """
     writers = {name: node for node in graph.node for name in node.output}
     readers = {name: sum(name in node.input for node in graph.node) for name in writers}

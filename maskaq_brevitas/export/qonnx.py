@@ -79,7 +79,9 @@ def export_qonnx(
     from brevitas.export import export_qonnx as exporter
 
     with quiet():
-        proto = run_exporter(exporter, "QONNX", export_copy(quant_model), input_shape, batch_size, dynamic_batch, dynamo)
+        proto = run_exporter(
+            exporter, "QONNX", export_copy(quant_model), input_shape, batch_size, dynamic_batch, dynamo
+        )
         wrapper = clean_graph(proto, dynamic_batch)
         quant_nodes = check_quantizers(
             wrapper.graph, export_copy(quant_model), tuple(input_shape), batch_size, op_types=QUANT_OPS

@@ -52,9 +52,9 @@ def export_torch_qcdq(
 ) -> TorchFile:
     """Write a Brevitas model as TorchScript with torch's own quantize operators (Brevitas' torch QCDQ).
 
-    Weights are stored as int8, whatever their width. A copy is exported, in eval mode, on the CPU, in float32; the file appears
-    under its name only when whole. Read it with ``torch.jit.load``; it takes any batch in either case, because tracing a
-    timm model keeps the batch symbolic. That is checked where ``dynamic_batch`` is asked for.
+    Weights are stored as int8, whatever their width. A copy is exported, in eval mode, on the CPU, in float32; the file
+    appears under its name only when whole. Read it with ``torch.jit.load``; it takes any batch in either case, because
+    tracing a timm model keeps the batch symbolic. That is checked where ``dynamic_batch`` is asked for.
 
     Args:
         quant_model: takes images ``(batch, channels, height, width)``, gives logits ``(batch, classes)``.
@@ -65,8 +65,8 @@ def export_torch_qcdq(
 
     Raises:
         InputError: ``input_shape`` or ``batch_size`` is out of range.
-        ExportError: the folder does not exist, the model has no quantizers, the exporter failed, quantizers are missing in
-            the traced graph, or the file does not take another number of images.
+        ExportError: the folder does not exist, the model has no quantizers, the exporter failed, quantizers are missing
+            in the traced graph, or the file does not take another number of images.
     """
     from brevitas.export import export_torch_qcdq as brevitas_export
 
@@ -94,9 +94,9 @@ def export_torch_program(
 ) -> TorchFile:
     """Write a Brevitas model as a ``torch.export`` program (``.pt2``), from Brevitas' inference mode.
 
-    The program quantizes and dequantizes in float32 with core operators, weights included: nothing is smaller than in float,
-    and any backend of torch.export can take it. A copy is exported, in eval mode, on the CPU; the file appears under its
-    name only when whole. Read it with ``torch.export.load(path).module()``.
+    The program quantizes and dequantizes in float32 with core operators, weights included: nothing is smaller than in
+    float, and any backend of torch.export can take it. A copy is exported, in eval mode, on the CPU; the file appears
+    under its name only when whole. Read it with ``torch.export.load(path).module()``.
 
     Args:
         quant_model: takes images ``(batch, channels, height, width)``, gives logits ``(batch, classes)``.
@@ -107,8 +107,8 @@ def export_torch_program(
 
     Raises:
         InputError: ``input_shape`` or ``batch_size`` is out of range.
-        ExportError: the folder does not exist, the model has no quantizers, the exporter failed, or quantizers are missing
-            in the program.
+        ExportError: the folder does not exist, the model has no quantizers, the exporter failed, or quantizers are
+            missing in the program.
     """
     from brevitas.export.inference import quant_inference_mode
 
@@ -161,11 +161,13 @@ def _export(
             f"{type(error).__name__}: {last_lines(error)}. {advice}"
         ) from error
     # A quantized bias is stored as it is, indistinguishable from a zero point.
-    expected = sum(not isinstance(each, BiasQuantProxyFromInjector) for each in enabled_quantizers(quant_model).values())
+    expected = sum(
+        not isinstance(each, BiasQuantProxyFromInjector) for each in enabled_quantizers(quant_model).values()
+    )
     if found < expected:
         raise ExportError(
-            f"Expected the model's {expected} quantizers in the {title} graph, got {found}. The model's forward may never "
-            "call some of its layers: exclude these from quantization."
+            f"Expected the model's {expected} quantizers in the {title} graph, got {found}. The model's forward may "
+            "never call some of its layers: exclude these from quantization."
         )
     with quiet(), whole_file(target) as temporary:
         save(artefact, temporary)

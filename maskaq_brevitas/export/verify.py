@@ -54,8 +54,8 @@ class QonnxCheck:
         images: number of images compared.
         max_abs_difference: largest absolute difference of a logit, file run on its own.
         relative_difference: the same, divided by the largest absolute logit.
-        top1_agreement: share of images with equal top-1 class, 0-1; of pixels, where the model classifies those; of several
-            outputs, share of images whose largest value is at the same place.
+        top1_agreement: share of images with equal top-1 class, 0-1; of pixels, where the model classifies those; of
+            several outputs, share of images whose largest value is at the same place.
         in_step_difference: relative difference of the logits with the quantizers in step; None if not passed.
         rounding_flips: activations that fell on the other side of a rounding tie, while in step.
         passed: whether the file computes what the model computes, up to float rounding.
@@ -124,7 +124,8 @@ def verify_qcdq(
 ) -> QonnxCheck:
     """Execute a QCDQ file in ONNX Runtime and compare it with the PyTorch model it was exported from.
 
-    Arguments, verdict and errors are those of :func:`verify_qonnx`; the stored integers of the weights are compared too.
+    Arguments, verdict and errors are those of :func:`verify_qonnx`; the stored integers of the weights are compared
+    too.
 
     Args:
         path: a file written by :func:`maskaq_brevitas.export.export_qcdq`.
@@ -182,8 +183,8 @@ def verify_torch_file(
             run = load_torch_file(path, kind)
         except Exception as error:
             raise ExportError(
-                f"Expected a file of kind {kind} at {os.fspath(path)}, got {type(error).__name__}: {last_lines(error)}. "
-                "Write it with the export command or function of that kind."
+                f"Expected a file of kind {kind} at {os.fspath(path)}, got {type(error).__name__}: "
+                f"{last_lines(error)}. Write it with the export command or function of that kind."
             ) from error
         # A file with a fixed batch is taken to be for one image, as the command line exports it.
         try:
@@ -192,7 +193,9 @@ def verify_torch_file(
         except Exception:  # noqa: BLE001 - whatever the file's own check of its input raises
             batch = 1
         try:
-            found = torch.cat([joined(output_tensors(run(chunk)) or []) for chunk in whole_batches(images, batch)])[: len(images)]
+            found = torch.cat([joined(output_tensors(run(chunk)) or []) for chunk in whole_batches(images, batch)])[
+                : len(images)
+            ]
         except Exception as error:
             raise ExportError(
                 f"{os.fspath(path)} could not be executed on images {tuple(images.shape)}: {type(error).__name__}: "
@@ -294,8 +297,8 @@ def _logits(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     outputs = [capture_calls(model, chunk, lambda module: False)[0] for chunk in whole_batches(images, batch)]
     if not all(isinstance(output, Tensor) and output.ndim >= 2 for output in outputs):
         raise InputError(
-            "quant_model: expected one tensor (batch, classes) or (batch, channels, height, width) as its output, or several; "
-            "got something else."
+            "quant_model: expected one tensor (batch, classes) or (batch, channels, height, width) as its output, or "
+            "several; got something else."
         )
     return torch.cat(outputs)[: len(images)]
 

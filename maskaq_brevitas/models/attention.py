@@ -7,10 +7,13 @@ hooks these modules; the quantized twin of :mod:`maskaq_brevitas.quant.attention
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any
+from typing import ClassVar
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 __all__ = ["ChannelAffine", "ExplicitAttention", "Tap", "additive_mask", "joined_linear", "plain_linear"]
 
@@ -72,13 +75,13 @@ class ExplicitAttention(nn.Module):
     """What every attention module looks like once it is written out; families derive from it.
 
     Shapes: ``query`` sees ``(batch, heads, queries, head_dim)``, ``key`` and ``value`` ``(batch, heads, keys,
-    head_dim)``; ``logits``, ``attention`` (behind the softmax) and ``probabilities`` see ``(batch, heads, queries, keys)``,
-    ``context`` ``(batch, heads, queries, head_dim)``. Where attention stays inside windows, ``batch`` counts windows: all of
-    the first image, then all of the second. ``logits``, ``attention`` and ``context`` are taps. The logits are
-    ``scale * q k^T``, before any position bias or mask: the scale sits on q.
+    head_dim)``; ``logits``, ``attention`` (behind the softmax) and ``probabilities`` see ``(batch, heads, queries,
+    keys)``, ``context`` ``(batch, heads, queries, head_dim)``. Where attention stays inside windows, ``batch`` counts
+    windows: all of the first image, then all of the second. ``logits``, ``attention`` and ``context`` are taps. The
+    logits are ``scale * q k^T``, before any position bias or mask: the scale sits on q.
 
-    Parameters are shared with the source. What the source joins or computes from parameters alone in every pass (biases of q
-    and v that it keeps apart, a table of position biases) may be a copy of its own.
+    Parameters are shared with the source. What the source joins or computes from parameters alone in every pass (biases
+    of q and v that it keeps apart, a table of position biases) may be a copy of its own.
 
     Attributes:
         scale: a number, or one per head, ``(heads, 1, 1)``.

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from contextlib import ExitStack
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Literal
+from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.models.attention import Tap
-from maskaq_brevitas.models.families import attention_modules, explicit_form
-from maskaq_brevitas.models.graph_attention import graph_taps, is_graph_module
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import explicit_form
+from maskaq_brevitas.models.graph_attention import graph_taps
+from maskaq_brevitas.models.graph_attention import is_graph_module
 
 __all__ = ["AttentionRecord", "TapPoint", "attention_tap"]
 

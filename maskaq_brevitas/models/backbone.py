@@ -1,22 +1,31 @@
 """A backbone inside a larger model (detection, segmentation): taken out by its features, and put back quantized.
 
-Everything else in the package works on a network from images to one tensor ``(batch, outputs)``. A backbone gives what the rest
-of its model reads: a list of feature maps, tokens, pooled features. :class:`HostedBackbone` shows it as such a network, with its
-own layers under their own names, and puts a network of that kind, quantized or not, in the place of the larger model's backbone.
+Everything else in the package works on a network from images to one tensor ``(batch, outputs)``. A backbone gives what
+the rest of its model reads: a list of feature maps, tokens, pooled features. :class:`HostedBackbone` shows it as such a
+network, with its own layers under their own names, and puts a network of that kind, quantized or not, in the place of
+the larger model's backbone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models._features import FeatureGetterNet, FeatureListNet
-from torch import Tensor, nn
+from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureListNet
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_modules, class_count, family_of, known_families
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import class_count
+from maskaq_brevitas.models.families import family_of
+from maskaq_brevitas.models.families import known_families
 from maskaq_brevitas.models.geometry import read_geometry
 
 __all__ = ["HostedBackbone", "tensors_in"]
@@ -70,9 +79,9 @@ class HostedBackbone:
         name: of the backbone in it: a timm model of a registered family, or timm's ``features_only`` wrapper of one.
 
     Attributes:
-        network: the backbone as a network: images ``(batch, channels, height, width)`` to logits, if it has a classifier, else
-            to all its features, ``(batch, features)``, each map of them scaled to the same power. It shares everything with the
-            backbone in ``model``.
+        network: the backbone as a network: images ``(batch, channels, height, width)`` to logits, if it has a
+            classifier, else to all its features, ``(batch, features)``, each map of them scaled to the same power. It
+            shares everything with the backbone in ``model``.
 
     Raises:
         ModelError: if there is no such module, or it is no backbone of a registered family.
@@ -167,8 +176,8 @@ def _checked_name(model: nn.Module, name: str) -> str:
         raise ModelError(f"backbone {name!r} of {type(model).__name__}: {error} {hint}") from error
     if name not in places:
         raise ModelError(
-            f"backbone: {name!r} of {type(model).__name__} is {type(found).__name__}; expected a model of a registered family, "
-            f"or timm's features_only wrapper of one. {hint}"
+            f"backbone: {name!r} of {type(model).__name__} is {type(found).__name__}; expected a model of a registered "
+            f"family, or timm's features_only wrapper of one. {hint}"
         )
     return name
 

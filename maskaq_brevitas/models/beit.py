@@ -8,8 +8,10 @@ from timm.models.beit import Block
 from timm.models.beit import RelativePositionBias
 from torch import Tensor
 
-from maskaq_brevitas.models.attention import ExplicitAttention, joined_linear
-from maskaq_brevitas.models.family import Family, block_places
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import joined_linear
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import block_places
 from maskaq_brevitas.models.vit import SMALL
 
 __all__ = ["BEIT", "ExplicitBeitAttention"]

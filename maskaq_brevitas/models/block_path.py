@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import block_names, block_passages
+from maskaq_brevitas.models.families import block_names
+from maskaq_brevitas.models.families import block_passages
 
 __all__ = ["bound_arguments"]
 
@@ -19,16 +23,16 @@ __all__ = ["bound_arguments"]
 def bound_arguments(model: nn.Module, image: Tensor) -> Iterator[None]:
     """A context in which each block of ``model`` may be called as ``block(tokens)``.
 
-    What the model itself gives a block beside its tokens (rotary position embedding, a shared bias, the size of the grid) is
-    taken from a pass of one image, and added to every call until the context closes.
+    What the model itself gives a block beside its tokens (rotary position embedding, a shared bias, the size of the
+    grid) is taken from a pass of one image, and added to every call until the context closes.
 
     Args:
         model: float or quantized.
         image: ``(1, channels, height, width)``, normalised.
 
     Raises:
-        ModelError: if these arguments depend on the image, or if something stands between two blocks that the family does not
-            name, so that the output of one is not what the next one takes.
+        ModelError: if these arguments depend on the image, or if something stands between two blocks that the family
+            does not name, so that the output of one is not what the next one takes.
     """
     calls = _block_calls(model, image)
     others = _block_calls(model, -image)
@@ -37,8 +41,8 @@ def bound_arguments(model: nn.Module, image: Tensor) -> Iterator[None]:
         for name, (inputs, named, _) in calls.items():
             if not _same((inputs[1:], named), (others[name][0][1:], others[name][1])):
                 raise ModelError(
-                    f"{type(model).__name__}: what {name} is given beside its tokens depends on the image, so blocks cannot "
-                    "be reconstructed one by one. Use --tune distill."
+                    f"{type(model).__name__}: what {name} is given beside its tokens depends on the image, so blocks "
+                    "cannot be reconstructed one by one. Use --tune distill."
                 )
             if _holds_something((inputs[1:], named)):
                 stack.enter_context(_bound(model.get_submodule(name), inputs[1:], named))
@@ -89,8 +93,8 @@ def _check_chain(model: nn.Module, calls: dict[str, tuple[tuple[Any, ...], dict[
         found = calls[name][0][0]
         if found.shape != expected.shape or not torch.equal(found, expected):
             raise ModelError(
-                f"{type(model).__name__}: {name} does not take what {before} gives, and the family does not name what stands "
-                "between them, so blocks cannot be reconstructed one by one. Use --tune distill."
+                f"{type(model).__name__}: {name} does not take what {before} gives, and the family does not name what "
+                "stands between them, so blocks cannot be reconstructed one by one. Use --tune distill."
             )
 
 

@@ -9,10 +9,12 @@ from timm.models.cait import ClassAttn
 from timm.models.cait import LayerScaleBlock
 from timm.models.cait import LayerScaleBlockClassAttn
 from timm.models.cait import TalkingHeadAttn
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.models.attention import ExplicitAttention
-from maskaq_brevitas.models.family import Family, block_places
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import block_places
 from maskaq_brevitas.models.layout import AttentionLayout
 from maskaq_brevitas.models.vit import SMALL
 
@@ -50,7 +52,8 @@ class ExplicitTalkingHeads(ExplicitAttention):
 
 
 def _over_heads(layer: nn.Module, maps: Tensor) -> Tensor:
-    """A linear layer on the heads of ``(batch, heads, queries, keys)``, as rows of ``(batch, queries * keys, heads)``."""
+    """A linear layer on the heads of ``(batch, heads, queries, keys)``, as rows of ``(batch, queries * keys, heads)``.
+    """
     mixed = layer(maps.flatten(2).transpose(1, 2))
     return mixed.transpose(1, 2).unflatten(2, maps.shape[2:])
 

@@ -9,12 +9,21 @@ from timm.models.eva import Eva
 from timm.models.eva import EvaAttention
 from timm.models.eva import EvaBlock
 from timm.models.eva import EvaBlockPostNorm
-from torch import Tensor, cat, nn
+from torch import Tensor
+from torch import cat
+from torch import nn
 
-from maskaq_brevitas.models.attention import ExplicitAttention, additive_mask, joined_linear
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import additive_mask
+from maskaq_brevitas.models.attention import joined_linear
 from maskaq_brevitas.models.attention_pool import ExplicitPool
-from maskaq_brevitas.models.family import ChannelPlace, Family, block_places, has_affine, mlp_places
-from maskaq_brevitas.models.vit import SMALL, plain_layouts
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import block_places
+from maskaq_brevitas.models.family import has_affine
+from maskaq_brevitas.models.family import mlp_places
+from maskaq_brevitas.models.vit import SMALL
+from maskaq_brevitas.models.vit import plain_layouts
 
 __all__ = ["EVA", "ExplicitRopeAttention"]
 

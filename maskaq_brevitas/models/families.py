@@ -1,7 +1,7 @@
 """The registry of architecture families, and what the rest of the package asks it.
 
-Adding a family is one file with a :class:`~maskaq_brevitas.models.family.Family`, and its registration here (or a call of
-:func:`register_family` from outside of the package).
+Adding a family is one file with a :class:`~maskaq_brevitas.models.family.Family`, and its registration here (or a call
+of :func:`register_family` from outside of the package).
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from timm.layers import Mlp
-from timm.models.mobilevit import MobileVitBlock, MobileVitV2Block
+from timm.models.mobilevit import MobileVitBlock
+from timm.models.mobilevit import MobileVitV2Block
 from timm.models.xcit import XCA
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.attention import ExplicitAttention
 from maskaq_brevitas.models.beit import BEIT
 from maskaq_brevitas.models.cait import CAIT
 from maskaq_brevitas.models.eva import EVA
-from maskaq_brevitas.models.family import ChannelPlace, Family, block_places
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import block_places
 from maskaq_brevitas.models.graph_attention import is_graph_module
 from maskaq_brevitas.models.layout import AttentionLayout
 from maskaq_brevitas.models.pvt import PVT
@@ -172,7 +177,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All known attention modules of a model by name, in the order of registration (input side first).
 
     Raises:
-        ModelError: if there is none: the model is a CNN, or a transformer of an unknown family; or if the family is refused.
+        ModelError: if there is none: the model is a CNN, or a transformer of an unknown family; or if the family is
+            refused.
     """
     found = {}
     for name, module in model.named_modules():
@@ -364,8 +370,8 @@ def block_names(model: nn.Module) -> list[str]:
     if not names and is_graph_module(model):
         raise ModelError(
             f"{type(model).__name__} is FX-traced: its transformer blocks are no modules any more, so none can be "
-            "tapped, reconstructed or compiled. Tune it with DistillConfig(feature_weight=0), or quantize by swapping modules: "
-            "DataFreeCalibrator(model, scheme=...)."
+            "tapped, reconstructed or compiled. Tune it with DistillConfig(feature_weight=0), or quantize by swapping "
+            "modules: DataFreeCalibrator(model, scheme=...)."
         )
     if not names:
         raise ModelError(f"{type(model).__name__} has no transformer blocks of a known type; expected timm's Block.")
@@ -386,8 +392,8 @@ def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
         A function ``(batch, tokens, channels) -> (batch, features)``.
 
     Raises:
-        ModelError: if the model has no ``norm`` and ``forward_head`` as timm's ViT, or its family says that its blocks do not
-            lead to its features.
+        ModelError: if the model has no ``norm`` and ``forward_head`` as timm's ViT, or its family says that its blocks
+            do not lead to its features.
     """
     if getattr(model, "intermediates", None) is not None:
         raise ModelError(f"{type(model).__name__} gives the outputs of several of its blocks; use feature_weight=0.")
@@ -406,7 +412,8 @@ def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
         )
     if family.tail:
         raise ModelError(
-            f"{type(model).__name__}: its blocks alone do not lead to its features ({family.tail}); use feature_weight=0."
+            f"{type(model).__name__}: its blocks alone do not lead to its features ({family.tail}); use "
+            "feature_weight=0."
         )
 
     def features(tokens: Tensor) -> Tensor:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
-from timm.layers import GluMlp, Mlp, SwiGLU
-from torch import Tensor, nn
+from timm.layers import GluMlp
+from timm.layers import Mlp
+from timm.layers import SwiGLU
+from torch import Tensor
+from torch import nn
 
-from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention
+from maskaq_brevitas.models.attention import ChannelAffine
+from maskaq_brevitas.models.attention import ExplicitAttention
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = [
@@ -96,16 +102,16 @@ class Family:
         examples: names of models, and the arguments of ``create`` that make a small one of each, on which the family is
             checked (``maskaq models``).
         models: classes of its models.
-        attention: attention type -> function that writes one such module out. Types match exactly: a subclass may compute
-            something else, and its explicit form would silently differ.
+        attention: attention type -> function that writes one such module out. Types match exactly: a subclass may
+            compute something else, and its explicit form would silently differ.
         blocks: types of the transformer blocks, which map tokens to tokens of the same shape.
         places: name of a block and the block -> where its channels may be equalised.
         other_places: further types that ``places`` is asked for.
         rewrites: further module type -> function that gives a module of the same parameters and the same names of
             children, in which linear layers see ``(batch, tokens, channels)``.
         prepare: what a model needs before its parts are written out; in place.
-        activated: module -> names of its linear children that read the output of an activation function, none by default
-            (those of timm's Mlp are known).
+        activated: module -> names of its linear children that read the output of an activation function, none by
+            default (those of timm's Mlp are known).
         tables: types of modules that hold a table of parameters and compute nothing with it.
         layouts: how each attention module lies on the image, in the order of ``attention_modules``; empty: each sees
             all patches in the order of the grid, behind the prefix tokens.
@@ -120,8 +126,8 @@ class Family:
         classifier: the layers that give logits (two for a distilled DeiT).
         class_token: whether the first prefix token is a class token.
         embedding: shell pattern of the names of the convolutions that make patches of an image.
-        data: timm's data configuration (``mean``, ``std``, ``input_size`` ...) of the usual checkpoints, for models that
-            have no ``pretrained_cfg``.
+        data: timm's data configuration (``mean``, ``std``, ``input_size`` ...) of the usual checkpoints, for models
+            that have no ``pretrained_cfg``.
         token_place: name of the idle module behind the position embedding, where tokens can be left out.
         head: tokens behind the last block -> features that the classifier reads, ``(batch, tokens, channels)`` to
             ``(batch, features)``; None if the model does not name what follows its blocks.

@@ -6,16 +6,21 @@ import copy
 import warnings
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch import nn
 
 with warnings.catch_warnings():
     # Brevitas keeps its own copy of torch.fx (its pull request 1613) and announces the end of brevitas.fx at import.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from brevitas.fx import GraphModule, symbolic_trace
+    from brevitas.fx import GraphModule
+    from brevitas.fx import symbolic_trace
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_modules, explicit_form, unknown_attention_modules
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import explicit_form
+from maskaq_brevitas.models.families import unknown_attention_modules
 
 __all__ = ["OneArgument", "prepare_for_fx"]
 

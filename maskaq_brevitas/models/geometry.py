@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import (
-    attention_layouts,
-    attention_modules,
-    block_prefix,
-    class_count,
-    family_of,
-    has_class_token,
-)
+from maskaq_brevitas.models.families import attention_layouts
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import block_prefix
+from maskaq_brevitas.models.families import class_count
+from maskaq_brevitas.models.families import family_of
+from maskaq_brevitas.models.families import has_class_token
 from maskaq_brevitas.models.family import data_config
 from maskaq_brevitas.models.layout import AttentionLayout
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from brevitas.function import identity
 from brevitas.nn import QuantIdentity
-from brevitas.nn.quant_sdpa import QuantScaledDotProductAttention, ScaledDotProductAttention
-from torch import Tensor, nn
+from brevitas.nn.quant_sdpa import QuantScaledDotProductAttention
+from brevitas.nn.quant_sdpa import ScaledDotProductAttention
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ModelError

@@ -26,6 +26,6 @@ def check_finite(model: nn.Module, what: str) -> None:
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ModelError(
-            f"{what}: expected finite numbers, got NaN or infinity in {', '.join(broken[:3])}{more}. Load weights that are "
-            "whole."
+            f"{what}: expected finite numbers, got NaN or infinity in {', '.join(broken[:3])}{more}. Load weights that "
+            "are whole."
         )

@@ -1,22 +1,28 @@
 """What the image classifiers of Hugging Face transformers (5.x) have in common. Importing this imports no transformers.
 
 Their names for things are read from the model that its class calls the base model (``vit``, ``deit``, ``dinov2``,
-``swin``). Their image processors are apart from the models: mean and standard deviation are told by ``pretrained_cfg``, see
-:func:`~maskaq_brevitas.models.geometry.read_geometry`.
+``swin``). Their image processors are apart from the models: mean and standard deviation are told by ``pretrained_cfg``,
+see :func:`~maskaq_brevitas.models.geometry.read_geometry`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.attention import ExplicitAttention, additive_mask
-from maskaq_brevitas.models.family import ChannelPlace, has_affine, mlp_places
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import additive_mask
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import has_affine
+from maskaq_brevitas.models.family import mlp_places
 
 __all__ = ["IMAGENET", "SMALL", "ExplicitHFAttention", "class_features", "hf_places", "hf_traits", "timm_mlp"]
 
@@ -26,7 +32,8 @@ IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 
 #: Configuration of a small model, for the examples of families.
 SMALL = dict(
-    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=10
+    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+    num_labels=10
 )  # fmt: skip
 
 
@@ -43,7 +50,9 @@ class ExplicitHFAttention(ExplicitAttention):
         self.add_places(nn.Dropout(source.attention_dropout))
         self.o_proj = source.o_proj
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_ignored: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_ignored: Any
+    ) -> tuple[Tensor, None]:
         return self.attended(hidden_states, additive_mask(attention_mask, False, hidden_states)), None
 
     def attended(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,7 +62,9 @@ class ExplicitHFAttention(ExplicitAttention):
 
 
 def timm_mlp(source: Any) -> nn.Module:
-    """An MLP of transformers as timm's ``Mlp``: the same ``fc1`` and ``fc2``, with a place to equalise the hidden units."""
+    """An MLP of transformers as timm's ``Mlp``: the same ``fc1`` and ``fc2``, with a place to equalise the hidden
+    units.
+    """
     mlp = Mlp(1, device="meta")
     mlp.fc1, mlp.act, mlp.fc2 = source.fc1, source.activation_fn, source.fc2
     return mlp.train(source.training)
@@ -100,7 +111,8 @@ def hf_traits(*classifiers: type[nn.Module], prefix: int, data: dict[str, Any] =
 
     def grid(model: Any) -> tuple[int, int]:
         rows, columns = (
-            side // step for side, step in zip(_sides(model.config.image_size), _sides(model.config.patch_size), strict=True)
+            side // step
+            for side, step in zip(_sides(model.config.image_size), _sides(model.config.patch_size), strict=True)
         )
         return rows, columns
 

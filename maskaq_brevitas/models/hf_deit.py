@@ -11,7 +11,12 @@ from transformers.models.deit.modeling_deit import DeiTLayer
 from transformers.models.deit.modeling_deit import DeiTMLP
 
 from maskaq_brevitas.models.family import Family
-from maskaq_brevitas.models.hf_common import SMALL, ExplicitHFAttention, class_features, hf_places, hf_traits, timm_mlp
+from maskaq_brevitas.models.hf_common import SMALL
+from maskaq_brevitas.models.hf_common import ExplicitHFAttention
+from maskaq_brevitas.models.hf_common import class_features
+from maskaq_brevitas.models.hf_common import hf_places
+from maskaq_brevitas.models.hf_common import hf_traits
+from maskaq_brevitas.models.hf_common import timm_mlp
 
 __all__ = ["FAMILY"]
 

@@ -11,8 +11,13 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 from transformers.models.dinov2.modeling_dinov2 import Dinov2MLP
 from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
 
-from maskaq_brevitas.models.family import ChannelPlace, Family, has_affine
-from maskaq_brevitas.models.hf_common import ExplicitHFAttention, hf_places, hf_traits, timm_mlp
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import has_affine
+from maskaq_brevitas.models.hf_common import ExplicitHFAttention
+from maskaq_brevitas.models.hf_common import hf_places
+from maskaq_brevitas.models.hf_common import hf_traits
+from maskaq_brevitas.models.hf_common import timm_mlp
 
 __all__ = ["FAMILY"]
 
@@ -38,7 +43,13 @@ FAMILY = Family(
     name="transformers DINOv2",
     examples={
         "transformers:Dinov2ForImageClassification": dict(
-            image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, num_labels=10
+            image_size=32,
+            patch_size=8,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            mlp_ratio=2,
+            num_labels=10,
         )
     },  # fmt: skip
     attention={Dinov2Attention: ExplicitHFAttention},

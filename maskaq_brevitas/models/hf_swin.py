@@ -6,18 +6,29 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from transformers.models.swin.modeling_swin import SwinAttention
 from transformers.models.swin.modeling_swin import SwinEncoder
 from transformers.models.swin.modeling_swin import SwinEncoderOutput
 from transformers.models.swin.modeling_swin import SwinForImageClassification
 from transformers.models.swin.modeling_swin import SwinLayer
 
-from maskaq_brevitas.models.family import ChannelPlace, Family, has_affine, mlp_places
-from maskaq_brevitas.models.hf_common import ExplicitHFAttention, hf_places, hf_traits, timm_mlp
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import has_affine
+from maskaq_brevitas.models.family import mlp_places
+from maskaq_brevitas.models.hf_common import ExplicitHFAttention
+from maskaq_brevitas.models.hf_common import hf_places
+from maskaq_brevitas.models.hf_common import hf_traits
+from maskaq_brevitas.models.hf_common import timm_mlp
 from maskaq_brevitas.models.layout import AttentionLayout
-from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL, merged_patches, window_bias
-from maskaq_brevitas.models.windows import cut_windows, joined_windows, shift_mask
+from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL
+from maskaq_brevitas.models.swin import merged_patches
+from maskaq_brevitas.models.swin import window_bias
+from maskaq_brevitas.models.windows import cut_windows
+from maskaq_brevitas.models.windows import joined_windows
+from maskaq_brevitas.models.windows import shift_mask
 
 __all__ = ["ExplicitHFWindowAttention", "FAMILY", "PlainSwinEncoder"]
 
@@ -36,13 +47,17 @@ class ExplicitHFWindowAttention(ExplicitHFAttention):
         self.relative_position_bias_table = table.relative_position_bias_table
         self.register_buffer("relative_position_index", table.relative_position_index, persistent=False)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_ignored: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_ignored: Any
+    ) -> tuple[Tensor, None]:
         return self.attended(hidden_states, window_bias(self.position_bias(), attention_mask)), None
 
     def position_bias(self) -> Tensor:
         """``(heads, tokens, tokens)``."""
         area = math.isqrt(len(self.relative_position_index))
-        return self.relative_position_bias_table[self.relative_position_index].unflatten(0, (area, area)).permute(2, 0, 1)
+        return (
+            self.relative_position_bias_table[self.relative_position_index].unflatten(0, (area, area)).permute(2, 0, 1)
+        )
 
 
 class PlainSwinLayer(nn.Module):
@@ -144,7 +159,8 @@ def _passages(model: Any) -> dict[str, str]:
     """The first block of each stage but the first, and the patch merging in front of it."""
     name = f"{model.base_model_prefix}.encoder.layers"
     return {
-        f"{name}.{index}.blocks.0": f"{name}.{index - 1}.downsample" for index in range(1, len(model.base_model.encoder.layers))
+        f"{name}.{index}.blocks.0": f"{name}.{index - 1}.downsample"
+        for index in range(1, len(model.base_model.encoder.layers))
     }
 
 

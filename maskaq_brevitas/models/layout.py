@@ -1,4 +1,5 @@
-"""Where the tokens of an attention module lie on the image: whole image or windows, shifted, padded, coarser or finer."""
+"""Where the tokens of an attention module lie on the image: whole image or windows, shifted, padded, coarser or finer.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ class AttentionLayout:
     Attributes:
         grid: ``(rows, columns)`` of the key tokens over the whole image.
         window: ``(rows, columns)`` of a window; None if every query sees all keys.
-        shift: tokens by which the grid is rolled up and to the left before windows are cut; the last rows and columns of
-            windows that do not fit are padding.
+        shift: tokens by which the grid is rolled up and to the left before windows are cut; the last rows and columns
+            of windows that do not fit are padding.
         prefix: tokens in front of the keys, and of the queries unless these are ``pooling``.
         class_token: whether the first query stands for the whole image.
-        pooling: queries that are no tokens of the image (a class token of its own, latent vectors); 0 if queries are tokens.
+        pooling: queries that are no tokens of the image (a class token of its own, latent vectors); 0 if queries are
+            tokens.
         query_grid: ``(rows, columns)`` of the queries where they are more than the keys; None: the same tokens.
     """
 
@@ -108,7 +110,8 @@ class AttentionLayout:
         return (among * weights[:, None, :, None]).sum(dim=-2).flatten(0, 1)
 
     def _on_grid(self, rows: Tensor) -> Tensor:
-        """One value per key token, ``(batch * windows, keys)``, at its place on the image, ``(batch, rows, columns)``."""
+        """One value per key token, ``(batch * windows, keys)``, at its place on the image, ``(batch, rows, columns)``.
+        """
         if self.window is None:
             return rows.reshape(-1, *self.grid)
         height, width = self.window

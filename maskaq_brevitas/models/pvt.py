@@ -13,7 +13,11 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor
 
 from maskaq_brevitas.models.attention import ExplicitAttention
-from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, configured_input_size, has_affine
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import attention_place
+from maskaq_brevitas.models.family import configured_input_size
+from maskaq_brevitas.models.family import has_affine
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["PVT", "ExplicitPvtAttention"]

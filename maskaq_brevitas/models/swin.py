@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
 from timm.models.swin_transformer import PatchMerging
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer import WindowAttention
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.models.attention import ExplicitAttention
-from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, has_affine, mlp_places
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import attention_place
+from maskaq_brevitas.models.family import has_affine
+from maskaq_brevitas.models.family import mlp_places
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["SWIN", "ExplicitWindowAttention", "WINDOWS_NEED_ALL", "merging_passages", "window_layouts"]
@@ -77,7 +83,8 @@ def merged_patches(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def window_bias(position: Tensor, mask: Tensor | None) -> Tensor:
-    """Bias of the logits: ``(heads, tokens, tokens)``, or with masks of windows ``(windows, heads, tokens, tokens)``."""
+    """Bias of the logits: ``(heads, tokens, tokens)``, or with masks of windows ``(windows, heads, tokens, tokens)``.
+    """
     return position if mask is None else position.unsqueeze(0) + mask.unsqueeze(1)
 
 
@@ -103,7 +110,9 @@ def merging_passages(model: nn.Module) -> dict[str, str]:
 
 def _stages(model: nn.Module) -> list[tuple[str, Any]]:
     """Names and modules of the stages; timm's feature extractors hold them under other names than its classifiers."""
-    return [(name, part) for name, part in model.named_modules() if hasattr(part, "blocks") and hasattr(part, "downsample")]
+    return [
+        (name, part) for name, part in model.named_modules() if hasattr(part, "blocks") and hasattr(part, "downsample")
+    ]
 
 
 def _places(name: str, module: nn.Module) -> list[ChannelPlace]:

@@ -9,12 +9,19 @@ from timm.models.swin_transformer_v2 import PatchMerging
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.swin_transformer_v2 import WindowAttention
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
-from maskaq_brevitas.models.attention import ExplicitAttention, joined_linear
-from maskaq_brevitas.models.family import Family, mlp_places
-from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL, merged_patches, merging_passages, window_bias, window_layouts
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import joined_linear
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import mlp_places
+from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL
+from maskaq_brevitas.models.swin import merged_patches
+from maskaq_brevitas.models.swin import merging_passages
+from maskaq_brevitas.models.swin import window_bias
+from maskaq_brevitas.models.swin import window_layouts
 
 __all__ = ["SWIN_V2", "ExplicitCosineAttention"]
 
@@ -22,7 +29,8 @@ __all__ = ["SWIN_V2", "ExplicitCosineAttention"]
 class ExplicitCosineAttention(ExplicitAttention):
     """Swin V2's ``WindowAttention``, written out: ``(batch * windows, tokens, dim)`` to the same.
 
-    The position bias comes from a small network of coordinates alone; its output is computed once, and kept as a parameter.
+    The position bias comes from a small network of coordinates alone; its output is computed once, and kept as a
+    parameter.
     """
 
     def __init__(self, source: WindowAttention):

@@ -1,4 +1,5 @@
-"""timm's TinyViT: convolutions first, then attention inside windows with a position bias, and a convolution behind it."""
+"""timm's TinyViT: convolutions first, then attention inside windows with a position bias, and a convolution behind it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +14,14 @@ from timm.models.tiny_vit import PatchMerging
 from timm.models.tiny_vit import TinyVit
 from timm.models.tiny_vit import TinyVitBlock
 from timm.models.tiny_vit import TinyVitStage
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.models.attention import ExplicitAttention
-from maskaq_brevitas.models.family import ChannelPlace, Family, configured_input_size, has_affine
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import configured_input_size
+from maskaq_brevitas.models.family import has_affine
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["TINY_VIT", "ExplicitTinyAttention"]

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import family_of, token_place
+from maskaq_brevitas.models.families import family_of
+from maskaq_brevitas.models.families import token_place
 
-__all__ = ["TokenChoice", "check_token_choice", "draw_tokens", "patch_count", "patch_tokens", "token_choice", "why_all_tokens"]
+__all__ = [
+    "TokenChoice",
+    "check_token_choice",
+    "draw_tokens",
+    "patch_count",
+    "patch_tokens",
+    "token_choice",
+    "why_all_tokens",
+]
 
 
 class TokenChoice(nn.Module):
@@ -30,8 +41,8 @@ class TokenChoice(nn.Module):
 def token_choice(models: Sequence[nn.Module]) -> Iterator[TokenChoice]:
     """A context in which ``models`` drop tokens behind their position embedding, all of them the same.
 
-    What is kept keeps its position, because positions are added before. A ViT is used to that: patch dropout is a common
-    augmentation of its training.
+    What is kept keeps its position, because positions are added before. A ViT is used to that: patch dropout is a
+    common augmentation of its training.
 
     Args:
         models: which have an idle module at that place (timm's ViTs: ``patch_drop``).

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 from torchvision.models import SwinTransformer
 from torchvision.models.swin_transformer import PatchMerging
@@ -18,13 +19,25 @@ from torchvision.models.swin_transformer import SwinTransformerBlock
 from torchvision.models.swin_transformer import SwinTransformerBlockV2
 from torchvision.ops.misc import MLP
 
-from maskaq_brevitas.models.attention import ExplicitAttention, joined_linear
-from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, data_config, has_affine
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import joined_linear
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import attention_place
+from maskaq_brevitas.models.family import data_config
+from maskaq_brevitas.models.family import has_affine
 from maskaq_brevitas.models.layout import AttentionLayout
-from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL, FlatPatchMerging, window_bias
+from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL
+from maskaq_brevitas.models.swin import FlatPatchMerging
+from maskaq_brevitas.models.swin import window_bias
 from maskaq_brevitas.models.swin_v2 import FlatPatchMerging as FlatPatchMergingV2
-from maskaq_brevitas.models.torchvision_vit import IdleMLP, idle_mlp_places, only_model
-from maskaq_brevitas.models.windows import cut_windows, joined_windows, shift_mask, window_shift
+from maskaq_brevitas.models.torchvision_vit import IdleMLP
+from maskaq_brevitas.models.torchvision_vit import idle_mlp_places
+from maskaq_brevitas.models.torchvision_vit import only_model
+from maskaq_brevitas.models.windows import cut_windows
+from maskaq_brevitas.models.windows import joined_windows
+from maskaq_brevitas.models.windows import shift_mask
+from maskaq_brevitas.models.windows import window_shift
 
 __all__ = ["ExplicitShiftedAttention", "ExplicitShiftedAttentionV2", "TORCHVISION_SWIN"]
 
@@ -52,7 +65,9 @@ class ExplicitShiftedAttention(ExplicitAttention):
     def position_bias(self) -> Tensor:
         """``(heads, tokens, tokens)``."""
         area = self.window[0] * self.window[1]
-        return self.relative_position_bias_table[self.relative_position_index].unflatten(0, (area, area)).permute(2, 0, 1)
+        return (
+            self.relative_position_bias_table[self.relative_position_index].unflatten(0, (area, area)).permute(2, 0, 1)
+        )
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys whose product is the logits."""
@@ -169,7 +184,8 @@ def _create(name: str, **options: Any) -> nn.Module:
 
 
 _SMALL = dict(
-    img_size=(32, 32), patch_size=[4, 4], embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=[4, 4], num_classes=10
+    img_size=(32, 32), patch_size=[4, 4], embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=[4, 4],
+    num_classes=10
 )  # fmt: skip
 
 TORCHVISION_SWIN = Family(

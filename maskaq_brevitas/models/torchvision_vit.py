@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.models.vision_transformer import MLPBlock
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.attention import ChannelAffine, ExplicitAttention, plain_linear
-from maskaq_brevitas.models.family import ChannelPlace, Family, has_affine
+from maskaq_brevitas.models.attention import ChannelAffine
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import plain_linear
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import has_affine
 
 __all__ = ["ExplicitMultiheadAttention", "IdleMLP", "TORCHVISION_VIT", "idle_mlp_places", "only_model"]
 
@@ -117,8 +122,8 @@ def only_model(kind: type[nn.Module], found: Callable[[Any], Any]) -> Callable[[
     def checked(model: Any) -> Any:
         if not isinstance(model, kind):
             raise ModelError(
-                f"{type(model).__name__} has blocks of {kind.__name__}, but does not tell how its tokens lie on the image. "
-                f"Expected a {kind.__name__}."
+                f"{type(model).__name__} has blocks of {kind.__name__}, but does not tell how its tokens lie on the "
+                f"image. Expected a {kind.__name__}."
             )
         return found(model)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
 from timm.models.twins import Block
 from timm.models.twins import GlobalSubSampleAttn
 from timm.models.twins import LocallyGroupedAttn
 from timm.models.twins import PatchEmbed
 from timm.models.twins import Twins
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.models.attention import ExplicitAttention
-from maskaq_brevitas.models.family import ChannelPlace, Family, attention_place, has_affine, mlp_places
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import attention_place
+from maskaq_brevitas.models.family import has_affine
+from maskaq_brevitas.models.family import mlp_places
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["ExplicitGroupedAttention", "ExplicitSubsampledAttention", "TWINS"]

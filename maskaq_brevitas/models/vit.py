@@ -9,11 +9,16 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import ParallelThingsBlock
 from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from maskaq_brevitas.models.attention import ExplicitAttention, additive_mask
+from maskaq_brevitas.models.attention import ExplicitAttention
+from maskaq_brevitas.models.attention import additive_mask
 from maskaq_brevitas.models.attention_pool import ExplicitPool
-from maskaq_brevitas.models.family import ChannelPlace, Family, block_places, mlp_places
+from maskaq_brevitas.models.family import ChannelPlace
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import block_places
+from maskaq_brevitas.models.family import mlp_places
 from maskaq_brevitas.models.layout import AttentionLayout
 
 __all__ = ["SMALL", "VIT", "ExplicitViTAttention", "plain_layouts"]

@@ -1,10 +1,13 @@
-"""Loads a float model by name: ``digits_vit``, the small one that is shipped, any of timm, or a ViT or Swin of torchvision."""
+"""Loads a float model by name: ``digits_vit``, the small one that is shipped, any of timm, or a ViT or Swin of
+torchvision.
+"""
 
 import difflib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
 import safetensors
 import safetensors.torch
@@ -75,8 +78,8 @@ def _check_name(name: str) -> None:
         close = difflib.get_close_matches(name, available_models(), n=5)
         advice = f"Close matches: {', '.join(close)}." if close else "available_models() lists them all."
         raise ModelError(
-            f"Expected '{SHIPPED_MODEL}', the name of a timm model, or '{_TORCHVISION}' and that of a Vision Transformer of "
-            f"torchvision, got '{name}'. {advice}"
+            f"Expected '{SHIPPED_MODEL}', the name of a timm model, or '{_TORCHVISION}' and that of a Vision "
+            f"Transformer of torchvision, got '{name}'. {advice}"
         )
     architecture, _, tag = name.partition(".")
     tagged = timm.list_models(f"{architecture}.*", pretrained=True)

@@ -8,9 +8,9 @@ case). The graph keeps one scale per tensor and zero point 0.
 
 Widening columns of W costs weight accuracy, so both are chosen together, per place: the least squared error of the
 layer's output on the images given, with both operands quantized at the layer's own widths. A grid comes first:
-``r_c = range_c ** alpha`` (alpha = 1 makes all ranges equal, alpha = 0 only shifts them), ranges cut at either end (a GELU
-output has its tail on one side only). Then gradient descent refines every m_c and r_c through straight-through rounding
-(learnable equivalent transformation, OmniQuant).
+``r_c = range_c ** alpha`` (alpha = 1 makes all ranges equal, alpha = 0 only shifts them), ranges cut at either end (a
+GELU output has its tail on one side only). Then gradient descent refines every m_c and r_c through straight-through
+rounding (learnable equivalent transformation, OmniQuant).
 
 Where the quantizer has a scale per channel (``Scheme.input_scales``), there is no ratio to find: each channel is only
 shifted, so that a signed grid without zero point covers its values, skewed ones too.
@@ -19,17 +19,20 @@ shifted, so that a signed grid without zero point covers its values, skewed ones
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field
 from typing import cast
 
 import torch
 from brevitas.nn import QuantLinear
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.models.attention import ChannelAffine
-from maskaq_brevitas.models.families import ChannelPlace, channel_places
+from maskaq_brevitas.models.families import ChannelPlace
+from maskaq_brevitas.models.families import channel_places
 from maskaq_brevitas.quant.observe import collect_rows
 
 __all__ = ["EqualizedPlace", "best_scale", "equalize", "has_channel_scales", "quantize_symmetric", "row_importance"]
@@ -38,11 +41,11 @@ __all__ = ["EqualizedPlace", "best_scale", "equalize", "has_channel_scales", "qu
 _CLIPS = tuple(0.86**index for index in range(14))
 _PHASES = (-0.25, 0.08, 0.41)
 #: The range with the least error is then widened by this share, because other images reach further; and a hidden unit
-#: gets at least this share of the median range (others: next to nothing, against division by zero). Mean output error on
-#: crops of photographs (those shipped with scikit-image, gradio and others, five blocks of ViT-Tiny) of ranges from
-#: synthetic images, for fc1 / qkv / fc2: at four bits 0.0109 / 0.0099 / 0.0343 with these, 0.0117 / 0.0103 / 0.0369 without
-#: the margin, 0.0123 / 0.0114 / 0.0374 with 0.3, fc2 0.0360 without the floor; at three bits 0.0346 / 0.0324 / 0.0822,
-#: against 0.0533 / 0.0492 / 0.1215 with a range that is cut at fixed shares of values and widened by 0.25.
+#: gets at least this share of the median range (others: next to nothing, against division by zero). Mean output error
+#: on crops of photographs (those shipped with scikit-image, gradio and others, five blocks of ViT-Tiny) of ranges from
+#: synthetic images, for fc1 / qkv / fc2: at four bits 0.0109 / 0.0099 / 0.0343 with these, 0.0117 / 0.0103 / 0.0369
+#: without the margin, 0.0123 / 0.0114 / 0.0374 with 0.3, fc2 0.0360 without the floor; at three bits 0.0346 / 0.0324 /
+#: 0.0822, against 0.0533 / 0.0492 / 0.1215 with a range that is cut at fixed shares of values and widened by 0.25.
 _MARGIN, _DEAD, _SILENT = 0.15, 1e-3, 0.75
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Shares of values that a channel's range leaves out at its lower and upper end.
@@ -65,8 +68,8 @@ class EqualizedPlace:
     Attributes:
         name: of the LayerNorm or slot.
         alpha: exponent of the channel ranges; 0 means that channels are only shifted.
-        per_channel: whether the quantizer has a scale per channel; then channels are shifted, each with its own tails, and
-            alpha, tails, outliers and refined stay empty.
+        per_channel: whether the quantizer has a scale per channel; then channels are shifted, each with its own tails,
+            and alpha, tails, outliers and refined stay empty.
         consumers, scales: with ``per_channel``, the linear layers and the scale of each of their input channels,
             ``(channels,)``, that belongs to the shift.
         tails: shares of values that a channel's range leaves out at its lower and upper end.
@@ -140,7 +143,9 @@ def row_importance(target: Tensor) -> Tensor:
     """
     power = target.square().sum(dim=-1, keepdim=True)
     median = power.median().clamp_min(1e-12)
-    return 1 / (len(target) * torch.maximum(power, median) ** _IMPORTANCE_EXPONENT * median ** (1 - _IMPORTANCE_EXPONENT))
+    return 1 / (
+        len(target) * torch.maximum(power, median) ** _IMPORTANCE_EXPONENT * median ** (1 - _IMPORTANCE_EXPONENT)
+    )
 
 
 def best_scale(
@@ -362,7 +367,9 @@ def _channel_range(rows: Tensor, below: float, above: float) -> tuple[Tensor, Te
     return ordered[int(low)], ordered[-1 - int(high)]
 
 
-def _apply(quant_model: nn.Module, place: ChannelPlace, layers: list[QuantLinear], shift: Tensor, ratio: Tensor) -> None:
+def _apply(
+    quant_model: nn.Module, place: ChannelPlace, layers: list[QuantLinear], shift: Tensor, ratio: Tensor
+) -> None:
     if place.norm is not None:
         norm = cast(nn.LayerNorm, quant_model.get_submodule(place.norm))
         norm.bias.data = (norm.bias.data - shift) / ratio

@@ -1,11 +1,13 @@
 """Bit widths and ranges -> Brevitas quantizer classes.
 
-Quantizer classes are falsy (``bool(Int8ActPerTensorFloat) is False``): compare them with ``is None``, never with ``or``.
+Quantizer classes are falsy (``bool(Int8ActPerTensorFloat) is False``): compare them with ``is None``, never with
+``or``.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
 from brevitas.quant import Int8ActPerTensorFloat
 from brevitas.quant import Int8WeightPerChannelFloat

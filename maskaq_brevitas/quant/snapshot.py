@@ -17,12 +17,16 @@ from brevitas.nn import QuantLinear
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import answer_logits, attention_modules, write_out
-from maskaq_brevitas.models.graph_attention import is_graph_module, put_taps
+from maskaq_brevitas.models.families import answer_logits
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import write_out
+from maskaq_brevitas.models.graph_attention import is_graph_module
+from maskaq_brevitas.models.graph_attention import put_taps
 
 __all__ = ["FakeQuantize", "FrozenLayer", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
 
@@ -46,7 +50,9 @@ class FakeQuantize(nn.Module):
         self.shifted = bool((zero_point != 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FakeQuantizeFunction.apply(x, self.scale, self.zero_point if self.shifted else None, self.low, self.high)
+        return _FakeQuantizeFunction.apply(
+            x, self.scale, self.zero_point if self.shifted else None, self.low, self.high
+        )
 
 
 class _FakeQuantizeFunction(torch.autograd.Function):

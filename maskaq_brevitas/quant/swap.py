@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
 import torch
 from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantIdentity
 from torch import nn
 
-from maskaq_brevitas.config import LayerBits, Scheme, parse_bits, resolve_scheme
-from maskaq_brevitas.errors import ConfigurationError, ModelError, SkippedLayerWarning
+from maskaq_brevitas.config import LayerBits
+from maskaq_brevitas.config import Scheme
+from maskaq_brevitas.config import parse_bits
+from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.errors import SkippedLayerWarning
 from maskaq_brevitas.models.attention import ChannelAffine
-from maskaq_brevitas.models.families import (
-    attention_modules,
-    channel_places,
-    classifier_layers,
-    embedding_pattern,
-    is_table,
-    layers_behind_activation,
-    unknown_attention_modules,
-    write_out,
-    written_out,
-)
-from maskaq_brevitas.quant.attention import OPERANDS, quantize_operands
-from maskaq_brevitas.quant.linear import ChannelScaledLinear, TokenLinear
-from maskaq_brevitas.quant.schemes import ValueKind, activation_quantizer, weight_quantizer
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import channel_places
+from maskaq_brevitas.models.families import classifier_layers
+from maskaq_brevitas.models.families import embedding_pattern
+from maskaq_brevitas.models.families import is_table
+from maskaq_brevitas.models.families import layers_behind_activation
+from maskaq_brevitas.models.families import unknown_attention_modules
+from maskaq_brevitas.models.families import write_out
+from maskaq_brevitas.models.families import written_out
+from maskaq_brevitas.quant.attention import OPERANDS
+from maskaq_brevitas.quant.attention import quantize_operands
+from maskaq_brevitas.quant.linear import ChannelScaledLinear
+from maskaq_brevitas.quant.linear import TokenLinear
+from maskaq_brevitas.quant.schemes import ValueKind
+from maskaq_brevitas.quant.schemes import activation_quantizer
+from maskaq_brevitas.quant.schemes import weight_quantizer
 
 __all__ = ["QuantizedPlace", "SkippedLayer", "SwapRecord", "plan_bits", "swap_layers", "with_layers_outside"]
 
@@ -134,8 +145,8 @@ def swap_layers(
 
     Raises:
         ConfigurationError: unknown scheme, or a pattern that matches nothing.
-        ModelError: if the model has no known attention, its family is refused, or there is no place for the scheme's quantizer
-            of patch tokens.
+        ModelError: if the model has no known attention, its family is refused, or there is no place for the scheme's
+            quantizer of patch tokens.
 
     Warns:
         SkippedLayerWarning: names layers with weights that stay in float.
@@ -165,7 +176,9 @@ def swap_layers(
         layer = quant_model.get_submodule(name)
         if isinstance(layer, nn.Identity):
             quantizer = activation_quantizer("signed", bits.activation, scheme)
-            _replace(quant_model, name, QuantIdentity(act_quant=quantizer, return_quant_tensor=False).train(layer.training))
+            _replace(
+                quant_model, name, QuantIdentity(act_quant=quantizer, return_quant_tensor=False).train(layer.training)
+            )
             places.append(QuantizedPlace(name, "tokens", None, bits.activation))
             continue
         kind: ValueKind = "asymmetric" if name in asymmetric else scheme.softmax if name in unsigned else "signed"

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
 import torch
 from brevitas.core.function_wrapper import TensorClampSte
@@ -22,13 +24,17 @@ from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
-from maskaq_brevitas.errors import CompilationWarning, ModelError
+from maskaq_brevitas.errors import CompilationWarning
+from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.attention import ChannelAffine
-from maskaq_brevitas.models.families import block_names, channel_places
-from maskaq_brevitas.quant.snapshot import check_layer, integer_bounds
+from maskaq_brevitas.models.families import block_names
+from maskaq_brevitas.models.families import channel_places
+from maskaq_brevitas.quant.snapshot import check_layer
+from maskaq_brevitas.quant.snapshot import integer_bounds
 
 __all__ = ["LearnedQuantize", "biases_follow", "compile_blocks", "scales_turn", "set_pivots", "training_twin"]
 
@@ -132,9 +138,9 @@ class _TrainableLayer(nn.Module):
 def biases_follow(twin: nn.Module) -> Iterator[None]:
     """Around an optimiser's step: biases take up what the step of the weights does to the mean output of a layer.
 
-    A shifted input has a large mean. Without this every code that a weight changes would move the output's mean, which its
-    bias would have to learn again (on ViT-Tiny at w4a4 rounding fc2's weights alone costs 0.6 nats, 0.1 with the mean
-    taken off).
+    A shifted input has a large mean. Without this every code that a weight changes would move the output's mean, which
+    its bias would have to learn again (on ViT-Tiny at w4a4 rounding fc2's weights alone costs 0.6 nats, 0.1 with the
+    mean taken off).
     """
     layers = [part for part in twin.modules() if isinstance(part, _TrainableLayer) and part.input_mean is not None]
     with torch.no_grad():
@@ -147,10 +153,11 @@ def biases_follow(twin: nn.Module) -> Iterator[None]:
 def set_pivots(twin: nn.Module, quant_model: nn.Module) -> None:
     """Let the scales of shifted channels turn about a value that matters instead of about the middle of their grid.
 
-    A shifted channel has its grid around the middle of its range, and what most tokens hold there (zero, for a GELU) lies
-    seven steps away: a change of the scale would move it by seven times as much, in all channels at once, and what comes
-    out of the layer with it. On ViT-Tiny at w4a4 the loss rises after 50 steps if scales learn like that. So a shift
-    follows each scale, such that zero keeps its code behind an activation function, and the mean behind a LayerNorm.
+    A shifted channel has its grid around the middle of its range, and what most tokens hold there (zero, for a GELU)
+    lies seven steps away: a change of the scale would move it by seven times as much, in all channels at once, and what
+    comes out of the layer with it. On ViT-Tiny at w4a4 the loss rises after 50 steps if scales learn like that. So a
+    shift follows each scale, such that zero keeps its code behind an activation function, and the mean behind a
+    LayerNorm.
 
     :func:`scales_turn` moves the shifts. A place that several layers read is left as it is: their scales differ.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +16,8 @@ from brevitas.nn import QuantIdentity
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.quant.attention import OPERANDS
 

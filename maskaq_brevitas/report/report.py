@@ -6,27 +6,31 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
-from maskaq_brevitas.report.figures import (
-    Cost,
-    PlaceFigures,
-    QuantizerFigures,
-    evaluation_mode,
-    measure_cost,
-    measure_places,
-)
+from maskaq_brevitas.report.figures import Cost
+from maskaq_brevitas.report.figures import PlaceFigures
+from maskaq_brevitas.report.figures import QuantizerFigures
+from maskaq_brevitas.report.figures import evaluation_mode
+from maskaq_brevitas.report.figures import measure_cost
+from maskaq_brevitas.report.figures import measure_places
 from maskaq_brevitas.report.pictures import save_image_grid
 from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.synthesis.pool import SyntheticImages
@@ -70,8 +74,8 @@ class Report:
         title: model and scheme.
         places: every quantized layer and operand, in the model's order.
         cost: totals.
-        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held back"``); of a model
-            without classes the mean cosine similarity of its features to the float model's.
+        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held back"``); of a
+            model without classes the mean cosine similarity of its features to the float model's.
         accuracy: rows on labelled data, if there was any.
         details: everything else as plain values: skipped layers, notes, equalised places, range factors, redrawn
             images, refreshes, export and its check, configuration, stages.
@@ -260,7 +264,9 @@ def _card_lines(card: dict[str, Any], table: _Table) -> Iterator[str]:
     yield f"- outputs of convolutions and matrix products: {size}"
     yield f"- operators that are not counted: {', '.join(card['uncounted']) or 'none'}"
     counts = Counter(card["tensors"].values())
-    yield f"- data types of {len(card['tensors'])} tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+    yield f"- data types of {len(card['tensors'])} tensors: " + ", ".join(
+        f"{count} {name}" for name, count in counts.items()
+    )
     yield ""
     yield table(["quantizer", "data type"], list(card["quantizers"].items()))
 

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from maskaq_brevitas.config import AttentionKind, SynthesisConfig
-from maskaq_brevitas.errors import ConfigurationError, MemoryWarning
-from maskaq_brevitas.models.attention_tap import AttentionRecord, TapPoint, attention_tap
+from maskaq_brevitas.config import AttentionKind
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import MemoryWarning
+from maskaq_brevitas.models.attention_tap import AttentionRecord
+from maskaq_brevitas.models.attention_tap import TapPoint
+from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.models.token_choice import TokenChoice, token_choice
-from maskaq_brevitas.synthesis import augment, masks, memory, objectives
+from maskaq_brevitas.models.token_choice import TokenChoice
+from maskaq_brevitas.models.token_choice import token_choice
+from maskaq_brevitas.synthesis import augment
+from maskaq_brevitas.synthesis import masks
+from maskaq_brevitas.synthesis import memory
+from maskaq_brevitas.synthesis import objectives
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 
-__all__ = ["Gradient", "Networks", "autocast", "informative", "networks", "objective_gradient", "received", "tap_points"]
+__all__ = [
+    "Gradient",
+    "Networks",
+    "autocast",
+    "informative",
+    "networks",
+    "objective_gradient",
+    "received",
+    "tap_points",
+]
 
 
 @dataclass
@@ -112,7 +131,9 @@ def networks(
             geometry, config, float_snapshot, quant_snapshot, seen_by_float, seen_by_quant, choice, 0, most=len(images)
         )
         try:
-            both.graph_bytes = sum(memory.graph_bytes(model, images[:1], precision=config.precision) for model in models)
+            both.graph_bytes = sum(
+                memory.graph_bytes(model, images[:1], precision=config.precision) for model in models
+            )
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -212,7 +233,8 @@ def _of_part(
         terms = _terms(part, leaves, labels[part], both, tokens, progress, draws)
         if not terms:
             raise ConfigurationError(
-                f"Nothing shapes the images: {type(both.float_snapshot).__name__} has no classes, and every other weight is 0."
+                f"Nothing shapes the images: {type(both.float_snapshot).__name__} has no classes, and every other "
+                "weight is 0."
             )
         objective = reduce(torch.add, (weight * term for weight, term in terms.values()))
         (gradient,) = torch.autograd.grad(objective.sum(), leaves)
@@ -278,7 +300,8 @@ def _terms(
 
 
 def _rows(count: int | None, queries: list[int], generator: torch.Generator) -> list[Tensor | None]:
-    """``count`` of the queries of each layer drawn at random, indices; None for all. Layers of one size share a draw."""
+    """``count`` of the queries of each layer drawn at random, indices; None for all. Layers of one size share a draw.
+    """
     drawn = {
         size: None if count is None or count >= size else torch.randperm(size, generator=generator)[:count]
         for size in dict.fromkeys(queries)
@@ -289,7 +312,8 @@ def _rows(count: int | None, queries: list[int], generator: torch.Generator) -> 
 def informative(
     record: AttentionRecord, geometry: Geometry, config: SynthesisConfig, model: nn.Module, share: float
 ) -> tuple[Tensor, Tensor]:
-    """The informative patches by the float model, and the rows that alignment compares, ``(layers, batch, patches)``."""
+    """The informative patches by the float model, and the rows that alignment compares, ``(layers, batch, patches)``.
+    """
     rows = received(record, config.align_attention, geometry, model)
     if not config.mask_enabled:
         return torch.ones_like(rows[0], dtype=torch.bool), rows
@@ -300,7 +324,8 @@ def informative(
 
 
 def received(record: AttentionRecord, kind: AttentionKind, geometry: Geometry, model: nn.Module) -> Tensor:
-    """The attention that each patch received, ``(layers, batch, patches)``, on the grid that all layers have in common."""
+    """The attention that each patch received, ``(layers, batch, patches)``, on the grid that all layers have in common.
+    """
     attention = _attention(record, kind, geometry, model)
     if geometry.layouts:
         return torch.stack([
@@ -315,7 +340,9 @@ def _attention(record: AttentionRecord, kind: AttentionKind, geometry: Geometry,
         return record.probabilities
     if kind == "logits":
         return record.logits
-    scales: list[Any] = [module.scale for module in model.modules() if hasattr(module, "logits") and hasattr(module, "scale")]
+    scales: list[Any] = [
+        module.scale for module in model.modules() if hasattr(module, "logits") and hasattr(module, "scale")
+    ]
     return [logits / scale for logits, scale in zip(record.logits, scales, strict=True)]
 
 

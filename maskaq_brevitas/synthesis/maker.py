@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.progress import BarFactory, random_stream
-from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
-from maskaq_brevitas.run_directory import RunDirectory, fingerprint
-from maskaq_brevitas.synthesis.pool import SyntheticImages, balanced_labels
+from maskaq_brevitas.progress import BarFactory
+from maskaq_brevitas.progress import random_stream
+from maskaq_brevitas.quant.snapshot import float_snapshot
+from maskaq_brevitas.quant.snapshot import frozen_snapshot
+from maskaq_brevitas.run_directory import RunDirectory
+from maskaq_brevitas.run_directory import fingerprint
+from maskaq_brevitas.synthesis.pool import SyntheticImages
+from maskaq_brevitas.synthesis.pool import balanced_labels
 from maskaq_brevitas.synthesis.procedural import procedural_places
 from maskaq_brevitas.synthesis.scenes import scene_images
-from maskaq_brevitas.synthesis.synthesizer import masked_alignment, seen_by, synthesize
+from maskaq_brevitas.synthesis.synthesizer import masked_alignment
+from maskaq_brevitas.synthesis.synthesizer import seen_by
+from maskaq_brevitas.synthesis.synthesizer import synthesize
 
 __all__ = ["PoolMaker", "RefreshStart", "device_batches", "drop_batches"]
 
@@ -150,7 +158,8 @@ class PoolMaker:
         return {**entry, "alignment_after": self.alignment(snapshot)}
 
     def finished_refresh(self, quant_model: nn.Module, run: RunDirectory) -> dict[str, Any]:
-        """What :meth:`refresh` would have returned, for the pool's present version, if the run had not died after it."""
+        """What :meth:`refresh` would have returned, for the pool's present version, if the run had not died after it.
+        """
         entry = run.read_json(_plan_name(self.pool.version))
         del entry["quant_model"]
         return {**entry, "alignment_after": self.alignment(
@@ -162,7 +171,9 @@ class PoolMaker:
         """Mean masked attention distance between float and quant model over the optimised images; lower is closer."""
         values = [
             masked_alignment(self.float_snapshot, quant_snapshot, self.geometry, images.to(self.device), self.config)
-            for images in map(self.pool.images, self.pool.pixels[self._synthesised(self.pool)].split(self.config.batch_size))
+            for images in map(
+                self.pool.images, self.pool.pixels[self._synthesised(self.pool)].split(self.config.batch_size)
+            )
         ]
         return float(torch.cat(values).mean())
 

@@ -1,4 +1,5 @@
-"""Informative regions: which patches an image's meaning sits in, by the attention they receive (METHOD.md, section 2)."""
+"""Informative regions: which patches an image's meaning sits in, by the attention they receive (METHOD.md, section 2).
+"""
 
 from __future__ import annotations
 

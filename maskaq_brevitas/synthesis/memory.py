@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 __all__ = ["auto_batch_size", "fitting", "graph_bytes", "is_out_of_memory", "parts"]
 

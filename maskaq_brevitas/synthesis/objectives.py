@@ -1,7 +1,8 @@
 """The five terms of the synthesis objective, as pure functions of tensors (METHOD.md, section 2).
 
-Attention maps are ``(batch, heads, tokens, tokens)`` per layer; ``prefix`` counts the tokens before the patch tokens. Layers
-may differ in size; where attention stays inside windows, all windows of the first image come first, and an image gets their mean.
+Attention maps are ``(batch, heads, tokens, tokens)`` per layer; ``prefix`` counts the tokens before the patch tokens.
+Layers may differ in size; where attention stays inside windows, all windows of the first image come first, and an image
+gets their mean.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def head_coherence_loss(
     Args:
         attention: one ``(batch, heads, tokens, tokens)`` per layer.
         prefix: tokens before the patches.
-        rows: indices of the query patches to use in each layer, ``(rows,)``, or such indices for each layer; all if None.
-            Patches count alike, so a random sample gives the same loss on average.
+        rows: indices of the query patches to use in each layer, ``(rows,)``, or such indices for each layer; all if
+            None. Patches count alike, so a random sample gives the same loss on average.
         images: in the batch; None: as many as its first dimension, so without windows.
 
     Returns:

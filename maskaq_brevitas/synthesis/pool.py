@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maskaq_brevitas.errors import DamagedFileError, InputError, SynthesisError
-from maskaq_brevitas.files import load_tensors, save_tensors
+from maskaq_brevitas.errors import DamagedFileError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import SynthesisError
+from maskaq_brevitas.files import load_tensors
+from maskaq_brevitas.files import save_tensors
 from maskaq_brevitas.models.geometry import Geometry
 
 __all__ = ["SyntheticImages", "balanced_labels"]
@@ -31,8 +34,8 @@ class SyntheticImages(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         pixels: ``(images, channels, height, width)``, uint8.
-        labels: ``(images,)``, int64: the class that each image was synthesised for, or, of an image that was drawn, what
-            the float model sees in it.
+        labels: ``(images,)``, int64: the class that each image was synthesised for, or, of an image that was drawn,
+            what the float model sees in it.
         informative: ``(images, patches)``, bool.
         made_at: ``(images,)``, int64: the version in which each image was made last.
         version: how often the pool was made or replaced, in whole or in part; 0 means that no image has been made.

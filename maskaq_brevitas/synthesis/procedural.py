@@ -25,7 +25,8 @@ _MEAN_EXTENT = 4.0
 
 
 def procedural_places(count: int, share: float) -> Tensor:
-    """Which of ``count`` images are procedural, spread evenly so that each batch gets its part; boolean, ``(count,)``."""
+    """Which of ``count`` images are procedural, spread evenly so that each batch gets its part; boolean, ``(count,)``.
+    """
     marks = torch.arange(count + 1, dtype=torch.float64).mul(share).floor()
     return marks[1:] > marks[:-1]
 
@@ -33,8 +34,8 @@ def procedural_places(count: int, share: float) -> Tensor:
 def dead_leaves_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """Images of overlapping textured shapes, as shares between black (0) and white (1).
 
-    Each image has 8 to 59 ellipses, rectangles and triangles with radii r distributed as r^-3, smooth borders, a colour of
-    their own, a texture with the 1/f spectrum of natural images, and sometimes a grating.
+    Each image has 8 to 59 ellipses, rectangles and triangles with radii r distributed as r^-3, smooth borders, a colour
+    of their own, a texture with the 1/f spectrum of natural images, and sometimes a grating.
 
     Args:
         shape: ``(batch, channels, height, width)``.

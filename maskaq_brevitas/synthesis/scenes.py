@@ -2,8 +2,8 @@
 
 What optimised images lack and photographs are full of: skies, fur, round bodies, highlights, blur behind the subject. A
 hidden unit of a ViT that stands for such a thing never fires on optimised images alone. On ViT-Tiny such units fired on
-up to 9 % of the tokens of photographs, ten times beyond their range as set on synthetic images (fc2 of blocks 3 to 6; crops
-of the photographs shipped with scikit-image and others).
+up to 9 % of the tokens of photographs, ten times beyond their range as set on synthetic images (fc2 of blocks 3 to 6;
+crops of the photographs shipped with scikit-image and others).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskaq_brevitas.synthesis.procedural import far_and_near, random_shape
+from maskaq_brevitas.synthesis.procedural import far_and_near
+from maskaq_brevitas.synthesis.procedural import random_shape
 from maskaq_brevitas.synthesis.textures import TexturePainter
 
 __all__ = ["scene_images"]
@@ -27,9 +28,9 @@ _TYPICAL_CONTRAST = 0.42
 def scene_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """Scenes as shares between black (0) and white (1).
 
-    Each is a texture (:mod:`maskaq_brevitas.synthesis.textures`), often with up to 14 parts on it: blobs, spots or plain
-    shapes with a texture, a shade and a highlight of their own. Falling light, blur, noise or lack of colour may lie over
-    all.
+    Each is a texture (:mod:`maskaq_brevitas.synthesis.textures`), often with up to 14 parts on it: blobs, spots or
+    plain shapes with a texture, a shade and a highlight of their own. Falling light, blur, noise or lack of colour may
+    lie over all.
 
     Args:
         shape: ``(batch, channels, height, width)``.

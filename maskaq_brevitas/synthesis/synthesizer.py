@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from math import cos, pi
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+from math import cos
+from math import pi
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.config import SynthesisConfig
-from maskaq_brevitas.errors import InputError, SynthesisError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import SynthesisError
 from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.synthesis import augment, masks, objectives
-from maskaq_brevitas.synthesis.iteration import Gradient, autocast, informative, networks
-from maskaq_brevitas.synthesis.iteration import objective_gradient, received, tap_points
-from maskaq_brevitas.synthesis.parameterize import ImageParameter, PixelParameter, SpectrumParameter
+from maskaq_brevitas.synthesis import augment
+from maskaq_brevitas.synthesis import masks
+from maskaq_brevitas.synthesis import objectives
+from maskaq_brevitas.synthesis.iteration import Gradient
+from maskaq_brevitas.synthesis.iteration import autocast
+from maskaq_brevitas.synthesis.iteration import informative
+from maskaq_brevitas.synthesis.iteration import networks
+from maskaq_brevitas.synthesis.iteration import objective_gradient
+from maskaq_brevitas.synthesis.iteration import received
+from maskaq_brevitas.synthesis.iteration import tap_points
+from maskaq_brevitas.synthesis.parameterize import ImageParameter
+from maskaq_brevitas.synthesis.parameterize import PixelParameter
+from maskaq_brevitas.synthesis.parameterize import SpectrumParameter
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.scenes import scene_images
 from maskaq_brevitas.synthesis.tokens import KeptTokens
@@ -225,8 +239,8 @@ def _redraw(
     if int(draws.max()) > config.max_redraws:
         raise SynthesisError(
             f"The objective of {int((draws > config.max_redraws).sum())} image(s) is not finite after "
-            "as many new draws as max_redraws allows. The float or the quantized model gives NaN or infinity: check its weights, "
-            "or raise max_redraws."
+            "as many new draws as max_redraws allows. The float or the quantized model gives NaN or infinity: check "
+            "its weights, or raise max_redraws."
         )
     fresh = draw_start(config.init, (int(broken.sum()), *shape[1:]), parameter.low, parameter.high, generator)
     where = broken.to(gradient.device)
@@ -239,5 +253,8 @@ def _redraw(
 
 def _note(trace: dict[str, tuple[float, float]], objective: float, terms: dict[str, Tensor]) -> None:
     """Keep first and last mean of the objective and of each term."""
-    for name, value in {"objective": objective, **{key: float(term.detach().mean()) for key, term in terms.items()}}.items():
+    for name, value in {
+        "objective": objective,
+        **{key: float(term.detach().mean()) for key, term in terms.items()},
+    }.items():
         trace[name] = (trace[name][0] if name in trace else value, value)

@@ -1,8 +1,8 @@
 """Textures from small random programs: clouds, strands, cells, formulas, random networks, smooth transitions.
 
-Each program covers what another misses: fur and grass are strands, stones and leaves are cells, skies are smooth. As data
-to learn from without photographs, many programs beat one (Baradad et al., Procedural image programs for representation
-learning, NeurIPS 2022). No model is asked and no file is read.
+Each program covers what another misses: fur and grass are strands, stones and leaves are cells, skies are smooth. As
+data to learn from without photographs, many programs beat one (Baradad et al., Procedural image programs for
+representation learning, NeurIPS 2022). No model is asked and no file is read.
 
 Values are 0 at mid-grey, -1 at black and 1 at white; they may lie beyond.
 """
@@ -10,7 +10,8 @@ Values are 0 at mid-grey, -1 at black and 1 at white; they may lie beyond.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-from maskaq_brevitas.synthesis.procedural import normal, uniform
+from maskaq_brevitas.synthesis.procedural import normal
+from maskaq_brevitas.synthesis.procedural import uniform
 
 __all__ = ["TexturePainter"]
 
@@ -26,7 +28,8 @@ __all__ = ["TexturePainter"]
 _WARM, _GREEN = (1.0, 0.15, -0.9), (-0.5, 1.0, -0.5)
 _NETWORK_CHANNELS = 24
 _FORMULA_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
-    torch.sin, torch.cos, torch.tanh, torch.relu, lambda x: 2 * torch.exp(-x * x) - 1, lambda x: x.abs().clamp(max=2) - 1,
+    torch.sin, torch.cos, torch.tanh, torch.relu, lambda x: 2 * torch.exp(-x * x) - 1,
+    lambda x: x.abs().clamp(max=2) - 1,
 )  # fmt: skip
 
 _Choice = TypeVar("_Choice")
@@ -89,7 +92,8 @@ class TexturePainter:
         return 0.3 * smeared + self.coloured(ground)
 
     def cells(self) -> Tensor:
-        """Cells around random points: stones, leaves, scales, cracks (Worley: A cellular texture basis function, 1996)."""
+        """Cells around random points: stones, leaves, scales, cracks (Worley: A cellular texture basis function, 1996).
+        """
         count = int(math.exp(self.uniform(1.8, 6)))
         points = self.random(count, 2) * 2.2 - 1.1
         bend = self.noise(self.uniform(1.3, 2.0), 2) * 0.06 * math.exp(0.7 * self.normal())
@@ -186,7 +190,9 @@ class TexturePainter:
     def seen_from_elsewhere(self, image: Tensor) -> Tensor:
         """``image`` turned, enlarged and in perspective."""
         zoom, angle = math.exp(-0.7 * abs(self.normal())), self.uniform(0, 2 * math.pi)
-        across = zoom * (self.columns * math.cos(angle) - self.rows * math.sin(angle)) + 0.5 * self.normal() * (1 - zoom)
+        across = zoom * (self.columns * math.cos(angle) - self.rows * math.sin(angle)) + 0.5 * self.normal() * (
+            1 - zoom
+        )
         down = zoom * (self.columns * math.sin(angle) + self.rows * math.cos(angle)) + 0.5 * self.normal() * (1 - zoom)
         tilt = 1 + 0.25 * zoom * (self.normal() * self.columns + self.normal() * self.rows)
         tilt = tilt.clamp_min(0.3)

@@ -1,7 +1,7 @@
 """Which patches both networks still see while images are synthesised: the informative ones, fewer as the run goes on.
 
-Sparse model inversion (Hu et al., ICML 2024): what an image is about settles early in a few patches, and the others cost
-as much and are pushed towards noise.
+Sparse model inversion (Hu et al., ICML 2024): what an image is about settles early in a few patches, and the others
+cost as much and are pushed towards noise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class KeptTokens:
         self.places = torch.arange(geometry.patches).expand(batch, -1)
 
     def is_due(self, progress: float) -> bool:
-        """Whether patches have to be dropped before the iteration at ``progress`` (0 at the first one, 1 at the last)."""
+        """Whether patches have to be dropped before the iteration at ``progress`` (0 at the first one, 1 at the last).
+        """
         return self.share < 1 and sum(progress >= cut for cut in _CUTS) > self.cuts
 
     def cut(self, received: Tensor, progress: float) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from maskaq_brevitas.config import LayerBits, Scheme
+from maskaq_brevitas.config import LayerBits
+from maskaq_brevitas.config import Scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.quant.attention import OPERANDS
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.quant.swap import plan_bits
-from maskaq_brevitas.tuning.sensitivity import Switches, place_layers, sensitivity
+from maskaq_brevitas.tuning.sensitivity import Switches
+from maskaq_brevitas.tuning.sensitivity import place_layers
+from maskaq_brevitas.tuning.sensitivity import sensitivity
 
 __all__ = ["allocate_widths", "bit_operations", "candidate_widths", "choose_widths", "width_losses", "width_overrides"]
 
@@ -59,7 +65,8 @@ def allocate_widths(
     chosen += [name for name in attentions if plan[f"{name}.query"] != held[f"{name}.query"]]
     widths = candidate_widths(scheme.average_bits)
     losses = width_losses(
-        lambda width: calibrated(replace(scheme, bits=LayerBits(width, width))), float_snapshot, batches, widths, chosen,
+        lambda width: calibrated(replace(scheme, bits=LayerBits(width, width))), float_snapshot, batches, widths,
+        chosen,
         on_width,
     )  # fmt: skip
     macs, fixed = multiply_accumulates(float_model), scheme.probability_bits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,11 +14,20 @@ from brevitas.graph.calibrate import calibration_mode
 from brevitas.nn import QuantIdentity
 from brevitas.nn.mixin.base import QuantLayerMixin
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from maskaq_brevitas.errors import InputError, ModelError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import ModelError
 
-__all__ = ["calibrate", "is_calibrated", "provisional_calibration", "reset_calibration", "returned_quant_tensors", "silent_quantizers"]
+__all__ = [
+    "calibrate",
+    "is_calibrated",
+    "provisional_calibration",
+    "reset_calibration",
+    "returned_quant_tensors",
+    "silent_quantizers",
+]
 
 
 _SMALLEST_SCALE = 1e-10  # scaling_min_val of Brevitas' quantizers
@@ -77,7 +88,8 @@ def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def silent_quantizers(quant_model: nn.Module) -> list[str]:
-    """Names of layers whose quantized input was zero, or one value, on all images: their scale is Brevitas' smallest."""
+    """Names of layers whose quantized input was zero, or one value, on all images: their scale is Brevitas' smallest.
+    """
     silent = []
     for name, module in quant_model.named_modules():
         for proxy in (getattr(module, "input_quant", None), getattr(module, "act_quant", None)):
@@ -90,7 +102,9 @@ def silent_quantizers(quant_model: nn.Module) -> list[str]:
 def returned_quant_tensors(quant_model: nn.Module) -> dict[QuantLayerMixin, bool]:
     """Whether each module that can do so returns a QuantTensor at the moment."""
     return {
-        module: bool(module.return_quant_tensor) for module in quant_model.modules() if hasattr(module, "return_quant_tensor")
+        module: bool(module.return_quant_tensor)
+        for module in quant_model.modules()
+        if hasattr(module, "return_quant_tensor")
     }
 
 
@@ -100,8 +114,8 @@ def provisional_calibration(
 ) -> Iterator[nn.Module]:
     """A context in which ``quant_model`` is calibrated on ``batches``; afterwards its quantizers are as they were.
 
-    Also in the middle of someone else's ``calibration_mode``, which keeps its statistics and goes on. (A deep copy would
-    not do: Brevitas' MSE search of the copy calls the original.)
+    Also in the middle of someone else's ``calibration_mode``, which keeps its statistics and goes on. (A deep copy
+    would not do: Brevitas' MSE search of the copy calls the original.)
 
     Args:
         quant_model: a model with Brevitas quantizers.

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from maskaq_brevitas.errors import DamagedFileError, RunDirectoryError
+from maskaq_brevitas.errors import DamagedFileError
+from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.run_directory import RunDirectory
 
 __all__ = ["Checkpoint", "has_checkpoint", "load_checkpoint", "save_checkpoint"]

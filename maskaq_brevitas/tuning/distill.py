@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextlib import ExitStack
+from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +19,32 @@ from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
 from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
 from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torchvision.transforms import v2
 
 from maskaq_brevitas.config import DistillConfig
-from maskaq_brevitas.errors import InputError, ModelError, TuningError
-from maskaq_brevitas.models.attention_tap import AttentionRecord, attention_tap
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.errors import TuningError
+from maskaq_brevitas.models.attention_tap import AttentionRecord
+from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.block_tap import block_tap
-from maskaq_brevitas.models.families import has_classes, read_logits
+from maskaq_brevitas.models.families import has_classes
+from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.models.token_choice import TokenChoice, draw_tokens, patch_count, token_choice
-from maskaq_brevitas.quant.trainable import biases_follow, compile_blocks, scales_turn, set_pivots, training_twin
-from maskaq_brevitas.tuning.losses import block_error, context_distance, output_divergence
+from maskaq_brevitas.models.token_choice import TokenChoice
+from maskaq_brevitas.models.token_choice import draw_tokens
+from maskaq_brevitas.models.token_choice import patch_count
+from maskaq_brevitas.models.token_choice import token_choice
+from maskaq_brevitas.quant.trainable import biases_follow
+from maskaq_brevitas.quant.trainable import compile_blocks
+from maskaq_brevitas.quant.trainable import scales_turn
+from maskaq_brevitas.quant.trainable import set_pivots
+from maskaq_brevitas.quant.trainable import training_twin
+from maskaq_brevitas.tuning.losses import block_error
+from maskaq_brevitas.tuning.losses import context_distance
+from maskaq_brevitas.tuning.losses import output_divergence
 
 __all__ = ["Distiller", "Losses", "augment", "parameter_groups"]
 
@@ -320,14 +339,14 @@ def _mean_losses(sums: list[float], count: int, skipped: int = 0) -> Losses:
 def parameter_groups(
     quant_model: nn.Module, config: DistillConfig
 ) -> tuple[list[dict[str, Any]], list[tuple[nn.Parameter, nn.Parameter]]]:
-    """Parameter groups for an optimiser: quantized weights, if they have a rate of their own; other matrices; biases and
-    LayerNorms (no decay); logarithms of scales.
+    """Parameter groups for an optimiser: quantized weights, if they have a rate of their own; other matrices; biases
+    and LayerNorms (no decay); logarithms of scales.
 
     Beside torch's own keys each has ``first_lr``, the rate at the first step.
 
     Returns:
-        The groups, and pairs of a scale and the parameter that stands for its logarithm: zero, because what an optimiser
-        adds to it moves into the scale (``scale *= exp(logarithm)``) after each step.
+        The groups, and pairs of a scale and the parameter that stands for its logarithm: zero, because what an
+        optimiser adds to it moves into the scale (``scale *= exp(logarithm)``) after each step.
 
     Raises:
         TuningError: if a scale is not positive or not finite: the model was not calibrated.

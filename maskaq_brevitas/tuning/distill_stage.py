@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.errors import RunDirectoryError
-from maskaq_brevitas.progress import BarFactory, random_stream
+from maskaq_brevitas.progress import BarFactory
+from maskaq_brevitas.progress import random_stream
 from maskaq_brevitas.run_directory import RunDirectory
-from maskaq_brevitas.synthesis.maker import PoolMaker, device_batches
-from maskaq_brevitas.tuning.checkpoint import Checkpoint, save_checkpoint
-from maskaq_brevitas.tuning.distill import Distiller, OptimizerFactory
-from maskaq_brevitas.tuning.state import copied_state, load_quant_state
+from maskaq_brevitas.synthesis.maker import PoolMaker
+from maskaq_brevitas.synthesis.maker import device_batches
+from maskaq_brevitas.tuning.checkpoint import Checkpoint
+from maskaq_brevitas.tuning.checkpoint import save_checkpoint
+from maskaq_brevitas.tuning.distill import Distiller
+from maskaq_brevitas.tuning.distill import OptimizerFactory
+from maskaq_brevitas.tuning.state import copied_state
+from maskaq_brevitas.tuning.state import load_quant_state
 
 __all__ = ["DistillStage", "refresh_is_due"]
 
@@ -34,8 +41,8 @@ class DistillStage:
     """One distillation, start to end.
 
     Args:
-        quant_model: calibrated; tuned in place. In the end it has the state with the lowest loss on the held-back images,
-            the first state included (without held-back images: the last state).
+        quant_model: calibrated; tuned in place. In the end it has the state with the lowest loss on the held-back
+            images, the first state included (without held-back images: the last state).
         maker: has the pools and the teacher.
         config: of the tuning.
         refresh: refreshes the pool as ``config`` says and notes it in ``history``.
@@ -120,7 +127,8 @@ class DistillStage:
                 self.epochs, self.pool_version = epoch + 1, self.maker.pool.version
                 self.history.append(dict(
                     event="epoch", epoch=epoch + 1, train_loss=trained.total, train_divergence=trained.divergence,
-                    train_distance=trained.distance, train_features=trained.features, skipped_steps=trained.skipped, held_back_loss=loss,
+                    train_distance=trained.distance, train_features=trained.features, skipped_steps=trained.skipped,
+                    held_back_loss=loss,
                     pool_version=self.pool_version, seconds=round(time.perf_counter() - start, 2),
                 ))  # fmt: skip
                 self._keep_if_best(loss)
@@ -150,11 +158,14 @@ class DistillStage:
         maker = self.maker
         if maker.held_back is None:
             return None
-        loss = self.distiller.validation_loss(device_batches(maker.held_back, self.config.batch_size, maker.device)).total
+        loss = self.distiller.validation_loss(
+            device_batches(maker.held_back, self.config.batch_size, maker.device)
+        ).total
         return loss if math.isfinite(loss) else math.inf
 
     def _shuffled(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Batches of an epoch: the pool in a new order, as often as needed; as many again of the images drawn for this."""
+        """Batches of an epoch: the pool in a new order, as often as needed; as many again of the images drawn for this.
+        """
         pool, size = self.maker.pool, self.config.batch_size
         ours = size if self.drawn is None else max(1, size // 2)
         order = _endless(len(pool), ours, generator)

@@ -129,8 +129,9 @@ def block_error(output: Tensor, target: Tensor, token_weights: Tensor | None = N
 
     Args:
         output, target: ``(images, tokens, channels)``.
-        token_weights: further weight per token, ``(images, tokens)``, or on a grid ``(images, rows, columns)`` of another size
-            than that of outputs ``(images, rows, columns, channels)``: a token then gets the mean of what it covers.
+        token_weights: further weight per token, ``(images, tokens)``, or on a grid ``(images, rows, columns)`` of
+            another size than that of outputs ``(images, rows, columns, channels)``: a token then gets the mean of what
+            it covers.
 
     Returns:
         A scalar; about 1 if the error is as large as the target.

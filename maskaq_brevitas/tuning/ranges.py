@@ -3,23 +3,27 @@
 Brevitas' MSE quantizers minimise the plain squared error of the activation itself. A ViT defeats that: a few tokens
 carry values a hundred times as large as the rest, win the error, and leave the others a handful of codes
 (``blocks.7.mlp.fc2`` of ViT-Tiny: range 33 for values of deviation 0.3). Here the error of each token counts relative
-to the token's own power, and for a linear layer it is the error of the layer's output. The scale of each row of a weight
-is chosen in the same way, with the layer's inputs as they are after quantization.
+to the token's own power, and for a linear layer it is the error of the layer's output. The scale of each row of a
+weight is chosen in the same way, with the layer's inputs as they are after quantization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
+
 import torch
 from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
 from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
 from brevitas.nn import QuantIdentity
 from brevitas.nn import QuantLinear
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from maskaq_brevitas.quant.equalize import has_channel_scales, row_importance
+from maskaq_brevitas.quant.equalize import has_channel_scales
+from maskaq_brevitas.quant.equalize import row_importance
 from maskaq_brevitas.quant.observe import collect_rows
 from maskaq_brevitas.quant.snapshot import integer_bounds
 
@@ -94,7 +98,8 @@ def _correct_bias(layer: QuantLinear, values: Tensor) -> None:
 def mean_weight_error(layer: QuantLinear) -> Tensor:
     """What rounding the weight takes off the layer's output for its mean input, ``(out_features,)``: its bias holds it.
 
-    The mean is the buffer ``input_mean``, zero without bias correction. Tuning keeps it up to date, and the bias with it.
+    The mean is the buffer ``input_mean``, zero without bias correction. Tuning keeps it up to date, and the bias with
+    it.
     """
     if not layer.input_mean.any():
         return layer.input_mean.new_zeros(layer.out_features)

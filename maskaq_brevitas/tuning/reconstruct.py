@@ -1,14 +1,15 @@
 """Block-by-block reconstruction: each block of the quant model learns to give the float block's output.
 
-For one block at a time, weights, LayerNorms, weight scales and activation scales are trained so that the quantized block,
-fed with what the quantized blocks before it give, meets the float model's output of that block. Nothing but one block's
-inputs and targets is cached.
+For one block at a time, weights, LayerNorms, weight scales and activation scales are trained so that the quantized
+block, fed with what the quantized blocks before it give, meets the float model's output of that block. Nothing but one
+block's inputs and targets is cached.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
 from brevitas.nn import QuantIdentity
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from maskaq_brevitas.config import ReconstructConfig

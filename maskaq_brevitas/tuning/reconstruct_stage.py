@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.models.block_path import bound_arguments
-from maskaq_brevitas.models.families import block_names, block_passages, features_behind
-from maskaq_brevitas.progress import BarFactory, random_stream
+from maskaq_brevitas.models.families import block_names
+from maskaq_brevitas.models.families import block_passages
+from maskaq_brevitas.models.families import features_behind
+from maskaq_brevitas.progress import BarFactory
+from maskaq_brevitas.progress import random_stream
 from maskaq_brevitas.run_directory import RunDirectory
 from maskaq_brevitas.synthesis.maker import PoolMaker
 from maskaq_brevitas.synthesis.pool import SyntheticImages
-from maskaq_brevitas.tuning.checkpoint import Checkpoint, save_checkpoint
-from maskaq_brevitas.tuning.reconstruct import BlockData, block_inputs, reconstruct_block, through
+from maskaq_brevitas.tuning.checkpoint import Checkpoint
+from maskaq_brevitas.tuning.checkpoint import save_checkpoint
+from maskaq_brevitas.tuning.reconstruct import BlockData
+from maskaq_brevitas.tuning.reconstruct import block_inputs
+from maskaq_brevitas.tuning.reconstruct import reconstruct_block
+from maskaq_brevitas.tuning.reconstruct import through
 
 __all__ = ["ReconstructStage", "varied"]
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.models.families import has_classes
-from maskaq_brevitas.quant.snapshot import FakeQuantize, FrozenLayer, frozen_snapshot
+from maskaq_brevitas.quant.snapshot import FakeQuantize
+from maskaq_brevitas.quant.snapshot import FrozenLayer
+from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.tuning.losses import output_divergence
 from maskaq_brevitas.tuning.ranges import mean_weight_error
 
@@ -44,8 +50,8 @@ class Sensitivity:
 class Switches:
     """A frozen copy of a calibrated quant model in which every quantizer can be switched on alone.
 
-    Switches are named ``<layer>.weight``, ``<layer>.input`` and ``<attention>.<operand>``. What a bias holds for the rounding
-    of its weight (bias correction, and what tuning made of it) goes with that weight.
+    Switches are named ``<layer>.weight``, ``<layer>.input`` and ``<attention>.<operand>``. What a bias holds for the
+    rounding of its weight (bias correction, and what tuning made of it) goes with that weight.
 
     Args:
         quant_model: calibrated; not changed.
@@ -82,7 +88,9 @@ class Switches:
         """
         chosen = set(on)
         if unknown := chosen.difference(self.names):
-            raise InputError(f"Unknown switches: {', '.join(sorted(unknown))}. Expected names such as {self.names[0]!r}.")
+            raise InputError(
+                f"Unknown switches: {', '.join(sorted(unknown))}. Expected names such as {self.names[0]!r}."
+            )
         for name, (parent, child, quantizer) in self._quantizers.items():
             setattr(parent, child, quantizer if name in chosen else nn.Identity())
         for name, (layer, quantized, plain) in self._weights.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from maskaq_brevitas.errors import RunDirectoryError
 

@@ -1,4 +1,6 @@
-"""The segmentation example: its data, its measure, and a run with a tiny budget that learns, quantizes and prints its table."""
+"""The segmentation example: its data, its measure, and a run with a tiny budget that learns, quantizes and prints its
+table.
+"""
 
 import json
 import subprocess
@@ -40,7 +42,9 @@ def test_mean_iou_equals_numpy(example):
     generator = torch.Generator().manual_seed(0)
     found, labels = (torch.randint(len(example.MATERIALS), (3, 8, 8), generator=generator) for _ in range(2))
     a, b = found.numpy(), labels.numpy()
-    values = [((a == each) & (b == each)).sum() / ((a == each) | (b == each)).sum() for each in range(len(example.MATERIALS))]
+    values = [
+        ((a == each) & (b == each)).sum() / ((a == each) | (b == each)).sum() for each in range(len(example.MATERIALS))
+    ]
     assert example.mean_iou(found, labels) == pytest.approx(100 * np.mean(values))
     assert example.mean_iou(labels, labels) == 100
 
@@ -52,13 +56,20 @@ def test_a_material_nobody_sees_and_that_is_not_there_counts_for_nothing(example
 @pytest.mark.heavy
 def test_a_tiny_budget_learns_and_quantizes(tmp_path):
     command = [
-        sys.executable, "-W", "ignore", str(SCRIPT), "--output", str(tmp_path), "--train-steps", "60", "--mosaics", "256",
+        sys.executable, "-W", "ignore", str(SCRIPT), "--output", str(tmp_path), "--train-steps", "60", "--mosaics",
+        "256",
         "--test-mosaics", "16", "--schemes", "w8a8", "w4a4", "--images", "8", "--steps", "3", "--tune-steps", "4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SCRIPT.parents[1])
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "figures.json").read_text())["mIoU"]
-    assert list(table) == ["Float model", "Gaussian noise", "Training images", "Synthetic images", "Synthetic images, tuned"]
+    assert list(table) == [
+        "Float model",
+        "Gaussian noise",
+        "Training images",
+        "Synthetic images",
+        "Synthetic images, tuned",
+    ]
     assert table["Float model"]["w8a8"][0] > 12  # six materials: a constant answer gives 3, chance about 9
     assert table["Training images"]["w8a8"][0] == pytest.approx(table["Float model"]["w8a8"][0], abs=3)
     assert "| Synthetic images |" in done.stdout and (tmp_path / "w4a4.png").stat().st_size > 1000

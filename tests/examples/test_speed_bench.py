@@ -34,7 +34,13 @@ def test_all_rows_are_measured_and_stored(speed, monkeypatch, tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["seconds_per_step"] / floor["seconds_per_step"])
         assert row["images_per_second"] == pytest.approx(2 / row["seconds_per_step"])
     peaks = {title: row["peak_mb"] for title, row in report["growth"]["test_vit"].items()}
-    assert peaks == {"batch 1": 100, "batch 2": 200, "batch 4": 400, "384 pixels, batch 1": 100, "depth 24, batch 1": 100}
+    assert peaks == {
+        "batch 1": 100,
+        "batch 2": 200,
+        "batch 4": 400,
+        "384 pixels, batch 1": 100,
+        "depth 24, batch 1": 100,
+    }
     assert "all levers" in capsys.readouterr().out
 
 

@@ -11,8 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maskaq_brevitas.config import resolve_scheme
-from maskaq_brevitas.errors import ConfigurationError, ExportError
-from maskaq_brevitas.export.finn import FINN_OPSET, export_finn, sample_path, verify_finn, write_finn_sample
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import ExportError
+from maskaq_brevitas.export.finn import FINN_OPSET
+from maskaq_brevitas.export.finn import export_finn
+from maskaq_brevitas.export.finn import sample_path
+from maskaq_brevitas.export.finn import verify_finn
+from maskaq_brevitas.export.finn import write_finn_sample
 from maskaq_brevitas.export.finn_form import finn_form
 from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.swap import swap_layers
@@ -30,7 +35,9 @@ def quant_vit(scheme="finn-w4a4", equalized=False, **model_args):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         options = {"depth": 1, **model_args}
-        model = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, num_heads=2, num_classes=10, **options).eval()
+        model = VisionTransformer(
+            img_size=16, patch_size=8, embed_dim=32, num_heads=2, num_classes=10, **options
+        ).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 nn.init.normal_(parameter, mean=float("weight" in name), std=0.2)

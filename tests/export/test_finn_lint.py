@@ -2,14 +2,18 @@
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
+from onnx import helper
 
-from integration.finn.variants import VARIANTS, write_variant
+from integration.finn.variants import VARIANTS
+from integration.finn.variants import write_variant
 from maskaq_brevitas import cli
 from maskaq_brevitas.errors import ExportError
-from maskaq_brevitas.export import finn_lint, lint_finn
+from maskaq_brevitas.export import finn_lint
+from maskaq_brevitas.export import lint_finn
 from maskaq_brevitas.export.finn_lint import lint_text
-from maskaq_brevitas.export.finn_rules import FINN_VERSION, RULES
+from maskaq_brevitas.export.finn_rules import FINN_VERSION
+from maskaq_brevitas.export.finn_rules import RULES
 
 #: What each variant breaks: operator, effect, and how many nodes. FINN's own verdict: integration/finn/README.md.
 BROKEN = {

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from maskaq_brevitas.errors import ExportError
-from maskaq_brevitas.export.outputs import check_outputs, joined, output_tensors
+from maskaq_brevitas.export.outputs import check_outputs
+from maskaq_brevitas.export.outputs import joined
+from maskaq_brevitas.export.outputs import output_tensors
 
 ONE, TWO = torch.arange(6.0).view(2, 3), torch.arange(16.0).view(2, 2, 2, 2)
 
@@ -39,7 +41,10 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("answer", "message"),
     (
-        (lambda images: [{"boxes": images}], "Gives cannot be exported: it gives list of dict, .*Export the part in front"),
+        (
+            lambda images: [{"boxes": images}],
+            "Gives cannot be exported: it gives list of dict, .*Export the part in front",
+        ),
         (lambda images: images.mean(), r"it gives Tensor \(\), "),
         (lambda images: torch.zeros(7, 4), r"it gives Tensor \(7, 4\), "),
         (lambda images: {"loss": None}, "it gives dict"),

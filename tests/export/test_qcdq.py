@@ -42,7 +42,9 @@ def exported(quant_vit, tmp_path_factory):
     before = state(quant_vit)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        file = export_qcdq(quant_vit, tmp_path_factory.mktemp("qcdq") / "vit.onnx", input_shape=SHAPE, dynamic_batch=True)
+        file = export_qcdq(
+            quant_vit, tmp_path_factory.mktemp("qcdq") / "vit.onnx", input_shape=SHAPE, dynamic_batch=True
+        )
     assert not caught
     assert_untouched(quant_vit, before, images, logits)
     return file

@@ -1,10 +1,10 @@
 """The command quantizes with both flows, prints its table, and counts what computes on float numbers."""
 
+import pytest
 import torch
 from brevitas.graph.quantize import preprocess_for_quantize
 from brevitas.graph.quantize import quantize
 
-import pytest
 from integration.brevitas_fx.__main__ import main
 from integration.brevitas_fx.left_float import float_computations
 from maskaq_brevitas import prepare_for_fx
@@ -22,7 +22,9 @@ def test_prints_the_table(capsys, tmp_path):
         "digits_vit: 4 calibration images, 1 iterations of synthesis, seed 0, 20 images to evaluate, 1 thread(s)"
     )
     rows = lines[3:11]
-    for row, (flow, kind) in zip(rows, [(flow, kind) for flow in ("quantize", "quantize_flexml") for kind in KINDS], strict=True):
+    for row, (flow, kind) in zip(
+        rows, [(flow, kind) for flow in ("quantize", "quantize_flexml") for kind in KINDS], strict=True
+    ):
         assert row.startswith(flow + " ") and kind in row
         assert float(row.split(kind)[1].split()[0]) > 60
     # 6 blocks of 2 matmuls and a softmax; 2 norms each and the last one; scaled queries; positions

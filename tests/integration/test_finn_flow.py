@@ -7,17 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from integration.finn.__main__ import main, verdict_of, verdict_of_lint
-from integration.finn.environment import VARIABLE, environment_python, run_frontend
-from integration.finn.frontend import _InStep, samples
+from integration.finn.__main__ import main
+from integration.finn.__main__ import verdict_of
+from integration.finn.__main__ import verdict_of_lint
+from integration.finn.environment import VARIABLE
+from integration.finn.environment import environment_python
+from integration.finn.environment import run_frontend
+from integration.finn.frontend import _InStep
+from integration.finn.frontend import samples
 from integration.finn.reference import write_reference
-from integration.finn.variants import VARIANTS, small_quant_vit, write_variant
+from integration.finn.variants import VARIANTS
+from integration.finn.variants import small_quant_vit
+from integration.finn.variants import write_variant
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.export import lint_finn
 from maskaq_brevitas.export.finn_form import finn_form
 
 needs_finn = pytest.mark.skipif(
-    not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no environment with finn-plus (see integration/finn/README.md)"
+    not os.environ.get(VARIABLE),
+    reason=f"{VARIABLE} names no environment with finn-plus (see integration/finn/README.md)",
 )
 #: Verdicts that take FINN seconds each, one per way to fail.
 CHOSEN = ("profile", "encoder", "zero-point", "fork-scale", "erf")
@@ -36,7 +44,8 @@ def test_finn_maps_what_the_lint_says_and_computes_what_pytorch_computes(tmp_pat
         write_variant(VARIANTS[name], tmp_path / f"{name}.onnx")
         lints[name] = lint_finn(tmp_path / f"{name}.onnx")
         requests[name] = {
-            "model": str(tmp_path / f"{name}.onnx"), "output": str(tmp_path / name), "part": "xcvc1902-vsva2197-2MP-e-S",
+            "model": str(tmp_path / f"{name}.onnx"), "output": str(tmp_path / name),
+            "part": "xcvc1902-vsva2197-2MP-e-S",
             "target_fps": 1000, "clock_ns": 5.0,
         }  # fmt: skip
     for name in ("profile", "encoder"):
@@ -44,7 +53,8 @@ def test_finn_maps_what_the_lint_says_and_computes_what_pytorch_computes(tmp_pat
         write_reference(small_quant_vit(), images(2), tmp_path / f"{name}.npz", VARIANTS[name].cut)
     results = run_frontend(python, requests)
     assert {name: verdict_of(result) for name, result in results.items()} == {
-        "profile": "lands", "encoder": "lands", "zero-point": "refused", "fork-scale": "leaves 3 MatMul", "erf": "leaves 1 Erf",
+        "profile": "lands", "encoder": "lands", "zero-point": "refused", "fork-scale": "leaves 3 MatMul",
+        "erf": "leaves 1 Erf",
     }  # fmt: skip
     assert all(verdict_of(results[name]) == verdict_of_lint(lints[name]) for name in CHOSEN)
     for name in ("profile", "encoder"):

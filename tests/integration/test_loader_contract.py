@@ -9,11 +9,10 @@ import itertools
 import accelerate
 import pytest
 import torch
+from borrowed import hooks
 from brevitas_examples.imagenet_classification.ptq.ptq_common import apply_gptq
 from brevitas_examples.imagenet_classification.ptq.ptq_common import calibrate
 from torch.utils.data import DataLoader
-
-from borrowed import hooks
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import SynthesisConfig

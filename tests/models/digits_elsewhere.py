@@ -3,12 +3,14 @@
 import re
 
 import torchvision.models
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig
+from transformers import ViTForImageClassification
 
 _TORCHVISION = {
     "^cls_token": "class_token", "^pos_embed": "encoder.pos_embedding", r"^patch_embed\.proj": "conv_proj",
     r"^norm\.": "encoder.ln.", r"^head\.": "heads.head.", r"^blocks\.": "encoder.layers.encoder_layer_",
-    "norm1": "ln_1", "norm2": "ln_2", r"attn\.qkv\.": "self_attention.in_proj_", r"attn\.proj": "self_attention.out_proj",
+    "norm1": "ln_1", "norm2": "ln_2", r"attn\.qkv\.": "self_attention.in_proj_",
+    r"attn\.proj": "self_attention.out_proj",
     "fc1": "0", "fc2": "3",
 }  # fmt: skip
 _TRANSFORMERS = {

@@ -6,9 +6,11 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import MultiScaleRoIAlign
 
 _VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 _SWIN = dict(img_size=32, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2))
@@ -16,7 +18,9 @@ _SWIN = dict(img_size=32, window_size=4, embed_dim=16, depths=(2, 1), num_heads=
 ENCODERS = {
     "vit": ("vit_tiny_patch16_224", dict(_VIT, features_only=True, out_indices=(0, 1)), (32, 32)),
     "vit_pair": (
-        "vit_tiny_patch16_224", dict(_VIT, depth=1, img_size=(16, 32), in_chans=5, features_only=True, out_indices=(0,)), (32,)
+        "vit_tiny_patch16_224",
+        dict(_VIT, depth=1, img_size=(16, 32), in_chans=5, features_only=True, out_indices=(0,)),
+        (32,)
     ),
     "swin": ("swin_tiny_patch4_window7_224", dict(_SWIN, features_only=True, out_indices=(0, 1)), (16, 32)),
     "swin_v2": (
@@ -38,7 +42,9 @@ class Segmenter(nn.Module):
         maps = self.encoder(images)
         if getattr(self.encoder, "output_fmt", "NCHW") == "NHWC":
             maps = [part.permute(0, 3, 1, 2) for part in maps]
-        return sum(F.interpolate(layer(part), size=images.shape[2:]) for layer, part in zip(self.head, maps, strict=True))
+        return sum(
+            F.interpolate(layer(part), size=images.shape[2:]) for layer, part in zip(self.head, maps, strict=True)
+        )
 
 
 class TokenReader(nn.Module):
@@ -63,11 +69,15 @@ class Pyramid(nn.Module):
         self.out_channels = 16
 
     def forward(self, images):
-        return self.fpn(OrderedDict((str(index), part.permute(0, 3, 1, 2)) for index, part in enumerate(self.body(images))))
+        return self.fpn(
+            OrderedDict((str(index), part.permute(0, 3, 1, 2)) for index, part in enumerate(self.body(images)))
+        )
 
 
 def detector(kind: str) -> nn.Module:
-    """``"faster_rcnn"`` or ``"retina"`` of torchvision, 32 x 32 pixels, three classes, no detection left out by its score."""
+    """``"faster_rcnn"`` or ``"retina"`` of torchvision, 32 x 32 pixels, three classes, no detection left out by its
+    score.
+    """
     anchors = AnchorGenerator(sizes=((8,), (16,)), aspect_ratios=((1.0,),) * 2)
     sides = dict(min_size=32, max_size=32, fixed_size=(32, 32), num_classes=3)
     if kind == "retina":

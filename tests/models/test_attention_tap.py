@@ -6,7 +6,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from maskaq_brevitas.errors import CompilationWarning, ModelError
+from maskaq_brevitas.errors import CompilationWarning
+from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.trainable import compile_blocks

@@ -5,11 +5,15 @@ import copy
 import pytest
 import timm
 import torch
-from larger_models import Segmenter, TokenReader, detector, drawn
+from larger_models import Segmenter
+from larger_models import TokenReader
+from larger_models import detector
+from larger_models import drawn
 from torch import nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.backbone import HostedBackbone, tensors_in
+from maskaq_brevitas.models.backbone import HostedBackbone
+from maskaq_brevitas.models.backbone import tensors_in
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.token_choice import why_all_tokens
 
@@ -29,7 +33,9 @@ def test_features_are_all_maps_of_the_backbone_at_the_same_power(name):
     for part, wanted in zip(found, maps, strict=True):
         scale = float((part * wanted).sum() / wanted.square().sum())
         torch.testing.assert_close(part, wanted * scale)
-        assert float(part.square().sum(dim=1).mean()) == pytest.approx(1, abs=0.3)  # other noise than it was measured on
+        assert float(part.square().sum(dim=1).mean()) == pytest.approx(
+            1, abs=0.3
+        )  # other noise than it was measured on
 
 
 def test_a_vit_without_classifier_gives_its_tokens_and_what_it_pools_from_them():
@@ -56,7 +62,10 @@ def test_the_network_is_the_backbone_itself_and_the_larger_model_is_not_changed(
     model.encoder.train()
     hosted = HostedBackbone(model, "encoder")
     assert hosted.network.blocks is model.encoder.model.blocks and hosted.trunk_name == "encoder.model"
-    assert type(model.encoder.model) is timm.models.VisionTransformer and type(hosted.network).__name__ == "VisionTransformer"
+    assert (
+        type(model.encoder.model) is timm.models.VisionTransformer
+        and type(hosted.network).__name__ == "VisionTransformer"
+    )
     assert model.encoder.model.training and set(vars(model.encoder.model)) == attributes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -122,7 +131,11 @@ class Mobile(nn.Module):
         (lambda: Segmenter("vit"), "nothing", r"Segmenter has no module 'nothing'. Backbones in it: encoder\."),
         (lambda: Segmenter("vit"), "", r"has no module ''"),
         (lambda: Segmenter("swin"), "head", r"'head' of Segmenter: .*has no attention.*Backbones in it: encoder\."),
-        (lambda: detector("retina"), "backbone", r"of RetinaNet is Pyramid; expected .* Backbones in it: backbone.body\."),
+        (
+            lambda: detector("retina"),
+            "backbone",
+            r"of RetinaNet is Pyramid; expected .* Backbones in it: backbone.body\.",
+        ),
         (lambda: Segmenter("vit"), "encoder.model", r"is VisionTransformer; expected .* Backbones in it: encoder\."),
         (Mobile, "body", r"'body' of Mobile: .*MobileViT: its attention sees every n-th pixel.*Backbones in it: none"),
     ),
@@ -134,5 +147,7 @@ def test_what_is_no_backbone_is_refused(build, name, message):
 
 def test_a_quant_model_of_another_shape_is_refused():
     hosted = HostedBackbone(drawn(lambda: Segmenter("vit")), "encoder")
-    with pytest.raises(ModelError, match="Expected VisionTransformer at 'encoder.model' of Segmenter.*got no such module"):
+    with pytest.raises(
+        ModelError, match="Expected VisionTransformer at 'encoder.model' of Segmenter.*got no such module"
+    ):
         hosted.network_of(drawn(lambda: Segmenter("swin")))

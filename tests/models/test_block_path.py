@@ -7,7 +7,9 @@ from torch import nn
 
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.block_path import bound_arguments
-from maskaq_brevitas.models.families import block_names, block_passages, features_behind
+from maskaq_brevitas.models.families import block_names
+from maskaq_brevitas.models.families import block_passages
+from maskaq_brevitas.models.families import features_behind
 
 
 def image(seed, size=(3, 32, 32)):

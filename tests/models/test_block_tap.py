@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from borrowed import hooks
 
 from maskaq_brevitas.models.block_tap import block_tap
-from borrowed import hooks
 
 
 def test_records_what_the_blocks_give(tiny_vit):

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import torch
-from digits_elsewhere import as_torchvision, as_transformers
+from digits_elsewhere import as_torchvision
+from digits_elsewhere import as_transformers
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import resolve_scheme

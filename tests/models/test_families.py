@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 from brevitas.graph.calibrate import quantization_status_manager
-from small_models import MODELS, build
+from small_models import MODELS
+from small_models import build
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,18 +16,17 @@ from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models import families
 from maskaq_brevitas.models.attention import ExplicitAttention
 from maskaq_brevitas.models.attention_tap import attention_tap
-from maskaq_brevitas.models.families import (
-    FAMILIES,
-    attention_modules,
-    block_names,
-    channel_places,
-    family_of,
-    read_logits,
-    register_family,
-    write_out,
-    written_out,
-)
-from maskaq_brevitas.models.family import Family, block_places
+from maskaq_brevitas.models.families import FAMILIES
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import block_names
+from maskaq_brevitas.models.families import channel_places
+from maskaq_brevitas.models.families import family_of
+from maskaq_brevitas.models.families import read_logits
+from maskaq_brevitas.models.families import register_family
+from maskaq_brevitas.models.families import write_out
+from maskaq_brevitas.models.families import written_out
+from maskaq_brevitas.models.family import Family
+from maskaq_brevitas.models.family import block_places
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.quant.swap import swap_layers

@@ -1,15 +1,15 @@
 """What prepare_for_fx gives computes what the model computes, and Brevitas quantizes it; what cannot be is refused."""
 
+import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
-import pytest
 from brevitas.graph.quantize import preprocess_for_quantize
 from brevitas.graph.quantize import quantize
 from brevitas.graph.target.flexml import preprocess_for_flexml_quantize
 from brevitas.graph.target.flexml import quantize_flexml
 from brevitas.nn import QuantConv2d
 from brevitas.nn import QuantLinear
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maskaq_brevitas import prepare_for_fx

@@ -9,7 +9,9 @@ from maskaq_brevitas.models.geometry import read_geometry
 
 
 def build(**options):
-    return VisionTransformer(**{**dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5), **options})
+    return VisionTransformer(
+        **{**dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5), **options}
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,5 +77,7 @@ def test_models_without_what_is_needed():
 @pytest.mark.parametrize("name", ("swin3d_t", "mvit_v1_b"))
 def test_video_models_are_refused_by_name(name):
     model = getattr(torchvision.models.video, name)()
-    with pytest.raises(ModelError, match=rf"{type(model).__name__} cannot be quantized: its attention \(.*\) .* not registered"):
+    with pytest.raises(
+        ModelError, match=rf"{type(model).__name__} cannot be quantized: its attention \(.*\) .* not registered"
+    ):
         read_geometry(model)

@@ -9,23 +9,36 @@ import pytest
 import torch
 from small_models import build
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig
+from transformers import ViTModel
 
 from maskaq_brevitas import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, LayerBits, ReconstructConfig, SynthesisConfig, resolve_scheme
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import LayerBits
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.evaluation import evaluate
 from maskaq_brevitas.models import families
 from maskaq_brevitas.models.families import FAMILIES
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.quant.snapshot import float_snapshot
-from maskaq_brevitas.quant.swap import plan_bits, swap_layers
+from maskaq_brevitas.quant.swap import plan_bits
+from maskaq_brevitas.quant.swap import swap_layers
 
 
 def make(name, **options):
     synthesis = options.pop("synthesis", SynthesisConfig(steps=2, batch_size=4))
     return DataFreeCalibrator(
-        build(name), scheme="w4a4", num_images=4, batch_size=4, held_back=4, synthesis=synthesis, progress=False, **options
+        build(name),
+        scheme="w4a4",
+        num_images=4,
+        batch_size=4,
+        held_back=4,
+        synthesis=synthesis,
+        progress=False,
+        **options,
     )
 
 
@@ -90,18 +103,24 @@ def test_widths_of_embedding_and_both_classifiers():
 
 def test_models_without_logits_are_refused():
     model = ViTModel(ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-    with pytest.raises(ModelError, match="ViTModel of transformers gives no logits. Expected ViTForImageClassification"):
+    with pytest.raises(
+        ModelError, match="ViTModel of transformers gives no logits. Expected ViTForImageClassification"
+    ):
         DataFreeCalibrator(model)
 
 
 def test_an_older_transformers_is_told(monkeypatch):
     model = copy.deepcopy(build("hf_swin"))
-    monkeypatch.setattr(families, "FAMILIES", [known for known in FAMILIES if not known.name.startswith("transformers")])
+    monkeypatch.setattr(
+        families, "FAMILIES", [known for known in FAMILIES if not known.name.startswith("transformers")]
+    )
     monkeypatch.setattr(families, "EXPLICIT_FORMS", {})
     monkeypatch.setattr(families, "_transformers_version", lambda: (4, 57))
     families._optional_family.cache_clear()
     try:
-        with pytest.raises(ModelError, match="SwinAttention.* not registered.*transformers 5.24 or newer.*this is 4.57"):
+        with pytest.raises(
+            ModelError, match="SwinAttention.* not registered.*transformers 5.24 or newer.*this is 4.57"
+        ):
             DataFreeCalibrator(model)
     finally:
         families._optional_family.cache_clear()

@@ -13,7 +13,8 @@ def windows_of(layout, batch, seed=0, heads=2):
 
 
 def by_hand(layout, attention, batch):
-    """Follows Swin token by token: roll, pad, cut, mean over heads and over the queries that are tokens of the image."""
+    """Follows Swin token by token: roll, pad, cut, mean over heads and over the queries that are tokens of the image.
+    """
     rows, columns = layout.grid
     height, width = layout.window
     _, across = layout.windows

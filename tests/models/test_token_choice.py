@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.token_choice import draw_tokens, patch_count, token_choice
+from maskaq_brevitas.models.token_choice import draw_tokens
+from maskaq_brevitas.models.token_choice import patch_count
+from maskaq_brevitas.models.token_choice import token_choice
 from tests.quant.test_snapshot import images
 
 

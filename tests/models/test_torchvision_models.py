@@ -7,11 +7,17 @@ import torch
 from small_models import build
 from torch import nn
 
-from maskaq_brevitas.config import LayerBits, resolve_scheme
+from maskaq_brevitas.config import LayerBits
+from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ModelError
-from maskaq_brevitas.models.families import attention_modules, explicit_form, family_of
+from maskaq_brevitas.models.families import attention_modules
+from maskaq_brevitas.models.families import explicit_form
+from maskaq_brevitas.models.families import family_of
 from maskaq_brevitas.models.geometry import read_geometry
-from maskaq_brevitas.models.windows import cut_windows, joined_windows, shift_mask, window_shift
+from maskaq_brevitas.models.windows import cut_windows
+from maskaq_brevitas.models.windows import joined_windows
+from maskaq_brevitas.models.windows import shift_mask
+from maskaq_brevitas.models.windows import window_shift
 from maskaq_brevitas.quant.swap import plan_bits
 
 
@@ -35,7 +41,11 @@ def test_multihead_attention_computes_the_same(options, mask):
         attention = nn.MultiheadAttention(8, 2, **{"batch_first": True, **options}).eval()
         for parameter in attention.parameters():
             parameter.data += 0.5 * torch.randn(parameter.shape)
-    query, key, value = draw(3, 5, 8), draw(3, 7, options.get("kdim", 8), seed=1), draw(3, 7, options.get("vdim", 8), seed=2)
+    query, key, value = (
+        draw(3, 5, 8),
+        draw(3, 7, options.get("kdim", 8), seed=1),
+        draw(3, 7, options.get("vdim", 8), seed=2),
+    )
     if not attention.batch_first:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     masks = {}
@@ -108,6 +118,7 @@ def test_windows_hold_neighbours_and_can_be_joined():
     assert torch.equal(joined_windows(windows, grid, window, shift), x)
     mask = shift_mask(grid, window, shift, x)
     assert mask.shape == (9, 6, 6) and not mask[0].any() and set(mask.flatten().tolist()) == {0.0, -100.0}
-    # The last window of a row holds the last column but one, what fills up, and the first column, which is no neighbour.
+    # The last window of a row holds the last column but one, what fills up, and the first column, which is no
+    # neighbour.
     assert mask[2, 0].tolist() == [0, 0, -100, 0, 0, -100]
     assert window_shift((4, 7), (4, 3), (2, 1)) == (0, 1)

@@ -159,7 +159,9 @@ def test_torchvision_model_from_a_file(tmp_path):
     config = timm.data.resolve_model_data_config(model)
     # torchvision resizes to 232 pixels for these weights and cuts 224 out.
     assert config["interpolation"] == "bicubic" and config["crop_pct"] == pytest.approx(224 / 232)
-    with pytest.raises(CheckpointError, match=r"fit 'torchvision:swin_t', got others .*head.weight': expected \(9, 768\)"):
+    with pytest.raises(
+        CheckpointError, match=r"fit 'torchvision:swin_t', got others .*head.weight': expected \(9, 768\)"
+    ):
         load_model("torchvision:swin_t", checkpoint=path, num_classes=9)
     with pytest.raises(CheckpointError, match="fit 'torchvision:swin_v2_t'"):
         load_model("torchvision:swin_v2_t", checkpoint=path)
@@ -175,5 +177,7 @@ def test_torchvision_names_and_downloads(monkeypatch):
         raise OSError("no network here")
 
     monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(CheckpointError, match="Expected torchvision to download .*got OSError: no network here.*--checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="Expected torchvision to download .*got OSError: no network here.*--checkpoint"
+    ):
         load_model("torchvision:vit_b_16")

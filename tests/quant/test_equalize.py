@@ -65,7 +65,9 @@ def test_quantized_model_comes_closer(tiny_vit):
     expected = model(images()).detach()
     errors = []
     for equalized in (False, True):
-        scheme = dataclasses.replace(resolve_scheme("tensor-w8a4"), equalize=equalized, gelu="signed", activation_range="minmax")
+        scheme = dataclasses.replace(
+            resolve_scheme("tensor-w8a4"), equalize=equalized, gelu="signed", activation_range="minmax"
+        )
         quant_model, _ = swap_layers(model, scheme)
         if equalized:
             equalize(quant_model, [images()])
@@ -123,11 +125,15 @@ def test_channels_with_their_own_scales_are_only_shifted(tiny_vit, bits):
 
 
 def test_ranges_of_channels_have_a_margin(tiny_vit):
-    """The lowest value of a channel falls on the lowest code behind GELU, and 0.075 ranges inside behind a LayerNorm."""
+    """The lowest value of a channel falls on the lowest code behind GELU, and 0.075 ranges inside behind a LayerNorm.
+    """
     quant_model, _ = swap_layers(tiny_vit, "w8a8")
     places = {place.name: place for place in equalize(quant_model, [images()])}
     rows = collect_rows(quant_model, ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], [images()], rows=10_000)
-    for name, layer, inside in (("blocks.0.norm2", "blocks.0.mlp.fc1", 0.075), ("blocks.0.mlp.norm", "blocks.0.mlp.fc2", 0)):
+    for name, layer, inside in (
+        ("blocks.0.norm2", "blocks.0.mlp.fc1", 0.075),
+        ("blocks.0.mlp.norm", "blocks.0.mlp.fc2", 0),
+    ):
         codes = rows[layer] / places[name].scales
         width = 255 / 1.15
         # Eight bits: no end of a range is worth clipping.
@@ -203,7 +209,9 @@ def test_collect_rows_sees_float_values_and_every_batch(tiny_vit):
     calibrate(quant_model, [images()])
     found = collect_rows(quant_model, ["blocks.1.mlp.fc1"], [images(0), images(1)], rows=10_000)["blocks.1.mlp.fc1"]
     expected = []
-    handle = tiny_vit.blocks[1].mlp.fc1.register_forward_pre_hook(lambda _, args: expected.append(args[0].reshape(-1, 64)))
+    handle = tiny_vit.blocks[1].mlp.fc1.register_forward_pre_hook(
+        lambda _, args: expected.append(args[0].reshape(-1, 64))
+    )
     with torch.no_grad():
         tiny_vit(images(0)), tiny_vit(images(1))
     handle.remove()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from borrowed import hooks
 from brevitas.graph.calibrate import calibration_mode
 from brevitas.nn import QuantLinear
 from brevitas_examples.imagenet_classification.ptq.ptq_common import apply_bias_correction
@@ -12,8 +13,6 @@ from brevitas_examples.imagenet_classification.ptq.ptq_common import apply_gptq
 from brevitas_examples.imagenet_classification.ptq.ptq_common import apply_qronos
 from brevitas_examples.imagenet_classification.ptq.ptq_common import calibrate
 from torch import nn
-
-from borrowed import hooks
 
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.quant.linear import ChannelScaledLinear

@@ -11,7 +11,9 @@ from maskaq_brevitas.quant.schemes import activation_quantizer
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
 
-PLAIN = dataclasses.replace(resolve_scheme("strict-w4a4"), equalize=False, activation_range="minmax", weight_range="minmax")
+PLAIN = dataclasses.replace(
+    resolve_scheme("strict-w4a4"), equalize=False, activation_range="minmax", weight_range="minmax"
+)
 
 
 def images():

@@ -42,7 +42,8 @@ def calibrated(model, scheme):
 
 
 SCHEMES = (
-    "w8a8", "w4a4", "tensor-w4a4", "strict-w3a3", "w2a2", dataclasses.replace(resolve_scheme("strict-w4a4"), equalize=False),
+    "w8a8", "w4a4", "tensor-w4a4", "strict-w3a3", "w2a2",
+    dataclasses.replace(resolve_scheme("strict-w4a4"), equalize=False),
     dataclasses.replace(resolve_scheme("w3a4"), equalize=False, activation_range="percentile", softmax="signed"),
 )  # fmt: skip
 

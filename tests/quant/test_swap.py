@@ -94,7 +94,9 @@ def test_every_layer_and_operand_is_swapped_and_the_float_function_stays(name, s
     wanted |= {f"{block}.{operand}" for block in blocks for operand in OPERANDS}
     assert {place.name for place in record.places} == wanted and len(record.places) == len(wanted)
     order = [key for key, _ in quant_model.named_modules()]
-    assert [order.index(place.name) for place in record.places] == sorted(order.index(place.name) for place in record.places)
+    assert [order.index(place.name) for place in record.places] == sorted(
+        order.index(place.name) for place in record.places
+    )
     kinds = {"linear": QuantLinear, "convolution": QuantConv2d, "operand": QuantIdentity}
     for place in record.places:
         assert isinstance(quant_model.get_submodule(place.name), kinds[place.kind])
@@ -138,7 +140,9 @@ def test_the_finn_scheme_is_signed_per_tensor_and_quantizes_patch_tokens():
     quant_model, record = swap_layers(vit(), "finn-w4a4")
     calibrate(quant_model, [torch.randn(4, 3, 32, 32)])
     proxies = [module.act_quant for module in quant_model.modules() if isinstance(module, QuantIdentity)]
-    proxies += [module.input_quant for module in quant_model.modules() if isinstance(module, (QuantLinear, QuantConv2d))]
+    proxies += [
+        module.input_quant for module in quant_model.modules() if isinstance(module, (QuantLinear, QuantConv2d))
+    ]
     assert len(proxies) == 2 * (4 + 4) + 2 + 1
     assert all(proxy.is_signed and proxy.scale().numel() == 1 and not proxy.zero_point().any() for proxy in proxies)
     tokens = quant_model.patch_embed.norm
@@ -279,7 +283,10 @@ def test_training_flag_and_gradients_of_the_float_model_stay():
     model.head.requires_grad_(False)
     swap_layers(model, "w4a4")
     assert all(module.training for module in model.modules())
-    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["head.weight", "head.bias"]
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "head.weight",
+        "head.bias",
+    ]
 
 
 def test_a_layer_with_two_names_is_quantized_under_both(tiny_vit):

@@ -7,14 +7,22 @@ import torch
 from brevitas.nn import QuantIdentity
 from brevitas.quant import Int8ActPerTensorFloat
 
-from maskaq_brevitas.errors import CompilationWarning, ModelError
+from maskaq_brevitas.errors import CompilationWarning
+from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.quant import trainable
 from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.swap import swap_layers
-from maskaq_brevitas.quant.trainable import biases_follow, compile_blocks, scales_turn, set_pivots, training_twin
+from maskaq_brevitas.quant.trainable import biases_follow
+from maskaq_brevitas.quant.trainable import compile_blocks
+from maskaq_brevitas.quant.trainable import scales_turn
+from maskaq_brevitas.quant.trainable import set_pivots
+from maskaq_brevitas.quant.trainable import training_twin
 from maskaq_brevitas.tuning.calibrate import calibrate
-from maskaq_brevitas.tuning.ranges import search_ranges, set_channel_scales
-from tests.quant.test_snapshot import SCHEMES, calibrated, images
+from maskaq_brevitas.tuning.ranges import search_ranges
+from maskaq_brevitas.tuning.ranges import set_channel_scales
+from tests.quant.test_snapshot import SCHEMES
+from tests.quant.test_snapshot import calibrated
+from tests.quant.test_snapshot import images
 
 
 def gradients(model, parameters):
@@ -37,7 +45,9 @@ def test_outputs_and_gradients_equal_brevitas(tiny_vit, scheme):
     zero_points = {name for name in theirs if "zero_point" in name}  # the twin keeps them fixed
     assert set(ours) == set(theirs) - zero_points and len(ours) > 30
     for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()), msg=name)
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()), msg=name
+        )
 
 
 def test_what_is_trained_in_the_twin_is_trained_in_the_model(tiny_vit):
@@ -172,4 +182,6 @@ def test_compiled_blocks_compute_the_same(tiny_vit):
         torch.testing.assert_close(twin(images()).detach(), plain_output, rtol=1e-4, atol=1e-4)
     for name, gradient in gradients(twin, parameters).items():
         # Fused arithmetic rounds a tie the other way now and then, and a scale's gradient is a sum that cancels.
-        torch.testing.assert_close(gradient, plain[name], rtol=1e-2, atol=1e-2 * float(plain[name].abs().max()), msg=name)
+        torch.testing.assert_close(
+            gradient, plain[name], rtol=1e-2, atol=1e-2 * float(plain[name].abs().max()), msg=name
+        )

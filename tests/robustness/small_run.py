@@ -8,7 +8,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig, resolve_scheme
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.export import export_qonnx
 
 #: The stages in which a run may die; the names begin like those of ``DataFreeCalibrator.stages``.

@@ -1,12 +1,15 @@
-"""Every ``wXaY`` from 2 to 8 bits on ``digits_vit``: accuracy does not fall as bits rise, and exports compute the same."""
+"""Every ``wXaY`` from 2 to 8 bits on ``digits_vit``: accuracy does not fall as bits rise, and exports compute the same.
+"""
 
 import pytest
 import torch
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import SynthesisConfig
-from maskaq_brevitas.evaluation import digits_split, evaluate
-from maskaq_brevitas.export import export_qonnx, verify_qonnx
+from maskaq_brevitas.evaluation import digits_split
+from maskaq_brevitas.evaluation import evaluate
+from maskaq_brevitas.export import export_qonnx
+from maskaq_brevitas.export import verify_qonnx
 from maskaq_brevitas.models.zoo import load_model
 
 BITS = range(2, 9)

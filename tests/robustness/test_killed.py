@@ -1,4 +1,5 @@
-"""Runs that are killed, that the disk refuses, or whose files are damaged: the same bytes, or a name of what is broken."""
+"""Runs that are killed, that the disk refuses, or whose files are damaged: the same bytes, or a name of what is broken.
+"""
 
 import multiprocessing
 import os
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import small_run
 
-from maskaq_brevitas.errors import MaskAQError, WriteError
-from maskaq_brevitas.files import load_json, load_tensors
+from maskaq_brevitas.errors import MaskAQError
+from maskaq_brevitas.errors import WriteError
+from maskaq_brevitas.files import load_json
+from maskaq_brevitas.files import load_tensors
 
 KILLS_PER_STAGE = 7
 
@@ -58,7 +61,9 @@ def test_killed_at_random_moments_of_every_stage(whole, tmp_path):
     expected = small_run.results(whole)
     context = multiprocessing.get_context("forkserver")  # imports once, and no thread is alive when it forks
     # By name of what is installed: before Python 3.13 the server does not look where small_run lies.
-    context.set_forkserver_preload(["maskaq_brevitas.calibrator", "maskaq_brevitas.export", "onnxscript", "qonnx.util.cleanup"])
+    context.set_forkserver_preload(
+        ["maskaq_brevitas.calibrator", "maskaq_brevitas.export", "onnxscript", "qonnx.util.cleanup"]
+    )
     draw = random.Random(0)
     seconds, hits = dict.fromkeys(small_run.STAGES, 1.0), dict.fromkeys(small_run.STAGES, 0)
     for attempt in range(3 * KILLS_PER_STAGE):

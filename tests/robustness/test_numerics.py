@@ -10,7 +10,9 @@ from torch import nn
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import SynthesisConfig
-from maskaq_brevitas.errors import ModelError, SilentLayerWarning, SynthesisError
+from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.errors import SilentLayerWarning
+from maskaq_brevitas.errors import SynthesisError
 
 SMALL = dict(num_images=8, held_back=2, batch_size=4, progress=False, synthesis=SynthesisConfig(steps=2, batch_size=4))
 
@@ -101,7 +103,9 @@ def test_a_model_that_is_not_finite_is_refused_by_name(value):
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[2, 3] = value
         model.head.bias[:2] = value
-    with pytest.raises(ModelError, match=r"NaN or infinity in blocks.1.mlp.fc1.weight \(1 of 16384 values\), head.bias \(2"):
+    with pytest.raises(
+        ModelError, match=r"NaN or infinity in blocks.1.mlp.fc1.weight \(1 of 16384 values\), head.bias \(2"
+    ):
         DataFreeCalibrator(model, **SMALL)
 
 

@@ -84,7 +84,8 @@ def test_auto_batch_size(pair):
     "changes",
     (
         {}, {"kept_tokens": 0.5}, {"mask_per_layer": True}, {"mask_per_layer": True, "mask_enabled": False},
-        {"align_weight": 0.0}, {"parameterization": "pixel", "tv_norm": "l2"}, {"head_rows": 4, "entropy_rows": 4, "flip": True},
+        {"align_weight": 0.0}, {"parameterization": "pixel", "tv_norm": "l2"},
+        {"head_rows": 4, "entropy_rows": 4, "flip": True},
     ),
 )  # fmt: skip
 def test_parts_change_nothing(pair, changes, monkeypatch):
@@ -111,7 +112,9 @@ def test_a_limit_cuts_the_batch(pair):
     assert 2 < max(seen) < 32
 
 
-@pytest.mark.parametrize("error", (torch.OutOfMemoryError("device"), RuntimeError("DefaultCPUAllocator: can't allocate")))
+@pytest.mark.parametrize(
+    "error", (torch.OutOfMemoryError("device"), RuntimeError("DefaultCPUAllocator: can't allocate"))
+)
 def test_out_of_memory_halves_the_parts_and_goes_on(pair, error):
     def refuse(_, arguments):
         if len(arguments[0]) > 4:

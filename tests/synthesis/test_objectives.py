@@ -10,8 +10,8 @@ from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
-from maskaq_brevitas.synthesis import objectives
 from maskaq_brevitas.synthesis import iteration
+from maskaq_brevitas.synthesis import objectives
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 from maskaq_brevitas.tuning.calibrate import calibrate
 
@@ -86,7 +86,9 @@ def test_masked_alignment():
             expected.append(reference.masked_alignment(
                 ours[:, image].double().numpy(), theirs[:, image].double().numpy(), chosen))  # fmt: skip
         check(objectives.masked_alignment_loss(ours, theirs, mask), expected)
-    assert torch.equal(objectives.masked_alignment_loss(ours, theirs, torch.zeros(2, 9, dtype=torch.bool)), torch.zeros(2))
+    assert torch.equal(
+        objectives.masked_alignment_loss(ours, theirs, torch.zeros(2, 9, dtype=torch.bool)), torch.zeros(2)
+    )
 
 
 def test_alignment_gradient_reaches_both_models_and_only_the_masked_patches():

@@ -57,7 +57,9 @@ def test_values_outside_the_pixel_range_are_clamped_and_rounded():
     pool = SyntheticImages(1, GEOMETRY)
     shares = torch.tensor([-0.3, 1.4, 100.4 / 255, 100.6 / 255]).view(4, 1, 1, 1)
     for share, expected in zip(shares, (0, 255, 100, 101), strict=True):
-        pool.put(torch.tensor([0]), GEOMETRY.normalize(share.expand(1, 3, 8, 12)), torch.tensor([1]), torch.ones(1, 6).bool())
+        pool.put(
+            torch.tensor([0]), GEOMETRY.normalize(share.expand(1, 3, 8, 12)), torch.tensor([1]), torch.ones(1, 6).bool()
+        )
         assert (pool.pixels == expected).all()
 
 
@@ -113,7 +115,9 @@ def with_a_foreign_label(path):
     pool.save(path)
 
 
-@pytest.mark.parametrize("damage", (cut, without_labels, without_version, with_a_foreign_label, lambda path: path.unlink()))
+@pytest.mark.parametrize(
+    "damage", (cut, without_labels, without_version, with_a_foreign_label, lambda path: path.unlink())
+)
 def test_damaged_file(tmp_path, damage):
     pool, pixels = filled()
     path = tmp_path / "pool.safetensors"

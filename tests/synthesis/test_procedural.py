@@ -61,7 +61,8 @@ def test_synthesis_can_start_from_dead_leaves():
 
 
 @pytest.mark.parametrize(("count", "share", "expected"), (
-    (6, 0.5, [1, 3, 5]), (5, 0.5, [1, 3]), (1, 0.5, []), (8, 0.25, [3, 7]), (4, 0.75, [1, 2, 3]), (3, 0.0, []), (10, 0.99, list(range(1, 10)))
+    (6, 0.5, [1, 3, 5]), (5, 0.5, [1, 3]), (1, 0.5, []), (8, 0.25, [3, 7]), (4, 0.75, [1, 2, 3]), (3, 0.0, []),
+    (10, 0.99, list(range(1, 10)))
 ))  # fmt: skip
 def test_places_are_spread_evenly(count, share, expected):
     assert procedural_places(count, share).nonzero().flatten().tolist() == expected

@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-
 from borrowed import hooks
+from timm.models.vision_transformer import VisionTransformer
 
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import InputError
@@ -66,7 +65,9 @@ def same_state(one, other):
 @pytest.mark.parametrize("parameterization", ("pixel", "spectrum"))
 def test_trained_model_objective_falls_and_labels_are_seen(digits_vit, parameterization):
     geometry = read_geometry(digits_vit)
-    config = SynthesisConfig(steps=30, batch_size=3, jitter=1, late_jitter=1, colour_shift=0.1, parameterization=parameterization)
+    config = SynthesisConfig(
+        steps=30, batch_size=3, jitter=1, late_jitter=1, colour_shift=0.1, parameterization=parameterization
+    )
     seen = []
     batch = synthesize(
         float_snapshot(digits_vit), None, geometry, LABELS, config, generator=torch.Generator().manual_seed(0),
@@ -110,8 +111,10 @@ def test_same_seed_same_bytes(pair):
 @pytest.mark.parametrize(
     "change",
     (
-        {"align_weight": 0.0}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"head_rows": 4}, {"kept_tokens": 0.5}, {"flip": True},
-        {"head_attention": "probabilities"}, {"align_attention": "probabilities"}, {"init": "low_frequency"}, {"init": "dead_leaves"},
+        {"align_weight": 0.0}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"head_rows": 4},
+        {"kept_tokens": 0.5}, {"flip": True},
+        {"head_attention": "probabilities"}, {"align_attention": "probabilities"}, {"init": "low_frequency"},
+        {"init": "dead_leaves"},
         {"tv_norm": "l1"}, {"precision": "bfloat16"}, {"mask_drop": 0.0}, {"colour_shift": 0.0}, {"jitter": 0},
         {"parameterization": "spectrum"}, {"align_attention": "logits"}, {"mask_attention": "probabilities"},
         {"mask_start": 1.0}, {"entropy_attention": "logits"}, {"class_weight": 0.0}, {"head_weight": 0.0},
@@ -245,7 +248,9 @@ def test_an_image_that_stays_nan_is_an_error(pair):
     assert same_state(before, state(pair[0]))
 
 
-@pytest.mark.parametrize("layout", ({"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3}, {"num_classes": 0}))
+@pytest.mark.parametrize(
+    "layout", ({"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3}, {"num_classes": 0})
+)
 def test_other_layouts(layout):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.config import SynthesisConfig, resolve_scheme
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.quant.cost import multiply_accumulates
-from maskaq_brevitas.tuning.allocate import bit_operations, candidate_widths, choose_widths
+from maskaq_brevitas.tuning.allocate import bit_operations
+from maskaq_brevitas.tuning.allocate import candidate_widths
+from maskaq_brevitas.tuning.allocate import choose_widths
 
 
 def test_choice_is_near_the_best_of_all_and_within_the_budget():
@@ -71,7 +74,9 @@ def test_a_run_respects_the_budget_and_can_be_loaded(tiny_vit, tmp_path):
     calibrator.quantize()
     calibrator.save()
     assert calibrator.quant_model is held
-    names = {name.rpartition(".")[0] if name.endswith(("query", "key", "value")) else name for name in calibrator.allocated}
+    names = {
+        name.rpartition(".")[0] if name.endswith(("query", "key", "value")) else name for name in calibrator.allocated
+    }
     layers = {f"blocks.{b}.{n}" for b in (0, 1) for n in ("attn", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     assert names == layers - {"blocks.0.mlp.fc2"}
     places = {place.name: place for place in calibrator.report().places}

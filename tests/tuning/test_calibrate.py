@@ -26,7 +26,8 @@ def images(seed=0, batch=3):
 
 def proxies(quant_model):
     return {name: module.input_quant if isinstance(module, QuantLinear) else module.act_quant
-            for name, module in quant_model.named_modules() if isinstance(module, (QuantLinear, QuantIdentity))}  # fmt: skip
+            for name,
+            module in quant_model.named_modules() if isinstance(module, (QuantLinear, QuantIdentity))}  # fmt: skip
 
 
 def scales(quant_model):

@@ -9,14 +9,19 @@ from brevitas.nn import QuantIdentity
 from brevitas.quant import Int8ActPerTensorFloat
 from torch import nn
 
-from maskaq_brevitas.config import DistillConfig, resolve_scheme
-from maskaq_brevitas.errors import ConfigurationError, InputError, TuningError
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import TuningError
 from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
-from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning import distill
-from maskaq_brevitas.tuning.distill import Distiller, augment, parameter_groups
+from maskaq_brevitas.tuning.calibrate import calibrate
+from maskaq_brevitas.tuning.distill import Distiller
+from maskaq_brevitas.tuning.distill import augment
+from maskaq_brevitas.tuning.distill import parameter_groups
 from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.ranges import search_ranges
 
@@ -305,7 +310,9 @@ def test_networks_are_trained_and_measured_on_the_same_share_of_tokens(tiny_vit,
 
 
 def test_quantized_weights_learn_in_units_of_their_grid(tiny_vit, quant_model, images):
-    config = DistillConfig(learning_rate=1e-5, final_learning_rate=1e-7, weight_learning_rate=0.01, scale_learning_rate=0.0)
+    config = DistillConfig(
+        learning_rate=1e-5, final_learning_rate=1e-7, weight_learning_rate=0.01, scale_learning_rate=0.0
+    )
     groups, _ = parameter_groups(quant_model, config)
     layer = quant_model.blocks[0].mlp.fc1
     step = float(layer.weight_quant.scale().mean())

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from maskaq_brevitas.errors import InputError
-from maskaq_brevitas.tuning.losses import context_distance, temperature_divergence, token_weights
+from maskaq_brevitas.tuning.losses import context_distance
+from maskaq_brevitas.tuning.losses import temperature_divergence
+from maskaq_brevitas.tuning.losses import token_weights
 
 
 def _softmax(row: np.ndarray) -> np.ndarray:

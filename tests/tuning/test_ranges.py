@@ -36,7 +36,11 @@ def calibrated(tiny_vit):
 
 
 def test_factors_multiply_the_calibrated_scales(calibrated):
-    names = [name for name, module in calibrated.named_modules() if isinstance(module, (QuantLinear, QuantConv2d, QuantIdentity))]
+    names = [
+        name
+        for name, module in calibrated.named_modules()
+        if isinstance(module, (QuantLinear, QuantConv2d, QuantIdentity))
+    ]
     before = {name: scale_of(calibrated, name) for name in names}
     factors = search_ranges(calibrated, [images()])
     blocks = [f"blocks.{block}." for block in (0, 1)]
@@ -180,7 +184,9 @@ def test_bias_correction_is_undone_after_tuning_moved_the_weights(tiny_vit):
     layer = quant_model.blocks[0].mlp.fc2
     with torch.no_grad():
         mean_output = layer.quant_weight().value @ layer.input_mean + layer.bias
-        layer.weight += 0.3 * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(5)) * layer.weight.std()
+        layer.weight += (
+            0.3 * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(5)) * layer.weight.std()
+        )
         layer.bias += mean_output - (layer.quant_weight().value @ layer.input_mean + layer.bias)
         mean = layer.input_mean.clone()
         undo_bias_correction(quant_model)

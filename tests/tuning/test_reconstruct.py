@@ -1,4 +1,5 @@
-"""Block-by-block reconstruction: the error, what is trained, learned rounding, variants, and the stage with its resume."""
+"""Block-by-block reconstruction: the error, what is trained, learned rounding, variants, and the stage with its resume.
+"""
 
 import json
 import shutil
@@ -8,20 +9,22 @@ import pytest
 import torch
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
-from maskaq_brevitas.config import DistillConfig, ReconstructConfig, SynthesisConfig
-from maskaq_brevitas.errors import ConfigurationError, InputError, ModelError
+from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.losses import block_error
-from maskaq_brevitas.tuning.reconstruct import (
-    BlockData,
-    block_inputs,
-    reconstruct_block,
-    through,
-    trainable_parts,
-)
+from maskaq_brevitas.tuning.reconstruct import BlockData
+from maskaq_brevitas.tuning.reconstruct import block_inputs
+from maskaq_brevitas.tuning.reconstruct import reconstruct_block
+from maskaq_brevitas.tuning.reconstruct import through
+from maskaq_brevitas.tuning.reconstruct import trainable_parts
 from maskaq_brevitas.tuning.reconstruct_stage import varied
 
 
@@ -89,7 +92,14 @@ def test_inputs_and_targets_are_what_the_models_compute(tiny_vit, images):
 def test_a_block_comes_closer_to_the_float_block(quant_model, tiny_vit, images, options):
     features = features_behind(float_snapshot(tiny_vit), "blocks.0")
     figures = run(
-        quant_model, tiny_vit, images, features=features, steps=40, learning_rate=1e-3, scale_learning_rate=1e-3, **options
+        quant_model,
+        tiny_vit,
+        images,
+        features=features,
+        steps=40,
+        learning_rate=1e-3,
+        scale_learning_rate=1e-3,
+        **options,
     )
     assert figures.kept
     assert figures.after < 0.95 * figures.before
@@ -187,7 +197,9 @@ def test_varied_images_are_others_with_the_same_values(images):
 def test_bad_input_is_refused(quant_model, images):
     with pytest.raises(InputError, match="at least one image"):
         block_inputs(quant_model, images[:0], 4, in_memory)
-    for name, value in dict(drop=1.0, steps=0, rounding="up", feature_weight=-1, informative_weight=0, variants=0).items():
+    for name, value in dict(
+        drop=1.0, steps=0, rounding="up", feature_weight=-1, informative_weight=0, variants=0
+    ).items():
         with pytest.raises(ConfigurationError, match=name):
             ReconstructConfig(**{name: value})
     del quant_model.norm

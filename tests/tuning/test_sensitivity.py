@@ -6,11 +6,16 @@ from torch.nn import functional as F
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.errors import InputError
-from maskaq_brevitas.quant.snapshot import float_snapshot, frozen_snapshot
+from maskaq_brevitas.quant.snapshot import float_snapshot
+from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.ranges import mean_weight_error
-from maskaq_brevitas.tuning.sensitivity import Switches, place_blocks, place_kinds, place_layers, sensitivity
+from maskaq_brevitas.tuning.sensitivity import Switches
+from maskaq_brevitas.tuning.sensitivity import place_blocks
+from maskaq_brevitas.tuning.sensitivity import place_kinds
+from maskaq_brevitas.tuning.sensitivity import place_layers
+from maskaq_brevitas.tuning.sensitivity import sensitivity
 
 
 @pytest.fixture
@@ -37,7 +42,9 @@ def test_all_off_is_the_float_model_and_all_on_the_quant_model(quant_model, tiny
 def test_what_a_bias_holds_for_a_rounded_weight_goes_with_the_weight(tiny_vit, images):
     calibrator = DataFreeCalibrator(tiny_vit, scheme="w3a3", num_images=4, steps=1, progress=False)
     with torch.no_grad():
-        calibrator.pool.put(torch.arange(4), images, torch.zeros(4, dtype=torch.long), torch.ones(4, 16, dtype=torch.bool))
+        calibrator.pool.put(
+            torch.arange(4), images, torch.zeros(4, dtype=torch.long), torch.ones(4, 16, dtype=torch.bool)
+        )
     calibrator.pool.version = 1
     quant_model = calibrator.calibrate()
     layer = quant_model.blocks[1].mlp.fc2
