@@ -43,6 +43,7 @@ from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.health import check_finite
 from maskaq_brevitas.models.token_choice import check_token_choice
 from maskaq_brevitas.models.token_choice import why_all_tokens
+from maskaq_brevitas.modes import own_modes
 from maskaq_brevitas.progress import bars
 from maskaq_brevitas.progress import random_stream
 from maskaq_brevitas.progress import stage
@@ -138,6 +139,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         torch.Size([4, 3, 32, 32])
     """
 
+    @own_modes()
     def __init__(
         self,
         float_model: nn.Module,
@@ -215,6 +217,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.run: RunDirectory | None = None
         if run_dir is not None:
             self.run = RunDirectory(run_dir, self.identity(num_images), run_mode)
+        # Without one of its own a DataLoader draws from the caller's random state.
+        loader.setdefault("generator", torch.Generator().manual_seed(seed))
         super().__init__(pool, batch_size=batch_size, **loader)
 
     # -- the loader ---------------------------------------------------------------------------------------------
@@ -263,6 +267,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
 
     # -- the stages ---------------------------------------------------------------------------------------------
 
+    @own_modes()
     def ensure_images(self) -> SyntheticImages:
         """Make the images if there are none yet; return the pool.
 
@@ -283,10 +288,11 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
                 "file back, or start the run again with --overwrite."
             )
         # Calibration loops iterate under no_grad or in inference mode, whose tensors could not be differentiated.
-        with torch.inference_mode(False), torch.no_grad(), self.stage("synthesis"):
+        with torch.no_grad(), self.stage("synthesis"):
             self.maker.fill(self._coupled_snapshot(), self.run)
         return self.pool
 
+    @own_modes()
     def calibrate(self) -> nn.Module:
         """Set all scales of the quant model on the finished images; return the quant model.
 
@@ -308,6 +314,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             )  # fmt: skip
         return self.quant_model
 
+    @own_modes()
     def quantize(
         self,
         tuning: TuningConfig | Sequence[TuningConfig] | None = None,
@@ -366,6 +373,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             self.save()
         return self.quant_model
 
+    @own_modes()
     def refresh(
         self, *, share: float = 1.0, steps: int | None = None, start: RefreshStart = "images"
     ) -> dict[str, Any]:
@@ -393,7 +401,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if steps is None:
             steps = self.synthesis.steps if start == "noise" else max(1, self.synthesis.steps // 4)
         count = max(1, round(share * self.maker.refreshable))
-        with torch.inference_mode(False), torch.no_grad(), self.stage(f"refresh {self.version + 1}"):
+        with torch.no_grad(), self.stage(f"refresh {self.version + 1}"):
             entry = self.maker.refresh(self._quant_model, self.run, count=count, steps=steps, start=start)
         self.history.append(entry)
         return entry
@@ -420,6 +428,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
                 self.refresh(**refresh)
             yield epoch
 
+    @own_modes()
     def calibrated_on(self, images: Tensor) -> nn.Module:
         """A fresh quant model with the same quantizers, calibrated in the same way on other images, and frozen.
 
@@ -437,6 +446,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self._calibrated(quant_model, list(images.to(self.device).split(self.batch_size or 16)))
         return self._in_place(frozen_snapshot(quant_model, self.geometry.input_size))
 
+    @own_modes()
     def freeze(self) -> nn.Module:
         """A copy of the quant model for fast inference: weights quantized once, scales fixed, no gradients.
 
@@ -483,6 +493,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             run.write_json(_WIDTHS, self.allocated)
         run.write_tensors("quant_model.safetensors", self._quant_model.state_dict())
 
+    @own_modes()
     def load(self, path: str | Path | None = None) -> None:
         """Take images and quant model from a run directory that :meth:`save` wrote with the same configuration.
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 from maskaq_brevitas.errors import MissingExtraError
+from maskaq_brevitas.modes import kept_random_states
 
 __all__ = ["quiet", "require"]
 
@@ -30,12 +31,18 @@ def require(*modules: str) -> None:
 def quiet() -> Iterator[None]:
     """Keep warnings, log records and prints of exporters and executors away from the user while inside.
 
-    Warning filters, the logging threshold, ``sys.stdout`` and ``sys.stderr`` are put back on exit, also on failure.
+    Warning filters, the logging threshold, ``sys.stdout``, ``sys.stderr`` and the random states are put back on exit,
+    also on failure.
     Exceptions pass through.
     """
     threshold = logging.root.manager.disable
     unseen = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+    with (
+        kept_random_states(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(unseen),
+        contextlib.redirect_stderr(unseen),
+    ):
         warnings.simplefilter("ignore")
         logging.disable(max(threshold, logging.ERROR))
         try:

@@ -32,8 +32,9 @@ def _kept(model: nn.Module, images: Tensor, precision: str) -> int:
     kept: dict[int, Tensor] = {}  # the tensors themselves: a freed storage would give its address to another
 
     def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+        alone = tensor.detach()  # a hook that gives the tensor itself back would tie the graph to itself for ever
+        kept[tensor.untyped_storage().data_ptr()] = alone
+        return alone
 
     with (
         torch.enable_grad(),

@@ -1,0 +1,39 @@
+"""What a caller may have switched on around a call, and the random states that other packages draw from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+__all__ = ["kept_random_states", "own_modes"]
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Inside, gradients can be taken and numbers are what the configuration says, whatever the caller has switched on.
+
+    No ``inference_mode`` (its tensors cannot be trained), no ``no_grad``, no ``autocast``. Serves as a decorator too.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    """The random states of Python, numpy and torch (CPU) are put back on exit, also on failure."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
