@@ -61,7 +61,11 @@ def test_doctests(name):
 
 @pytest.mark.parametrize(
     ("document", "words"),
-    [pytest.param(document, words[1:], id=shlex.join(words)[:60]) for document, words in COMMAND_LINES if words[0] == "maskaq"],
+    [
+        pytest.param(document, words[1:], id=shlex.join(words)[:60])
+        for document, words in COMMAND_LINES
+        if words[0] == "maskaq"
+    ],
 )
 def test_maskaq_commands_parse(document, words, monkeypatch):
     assert words[0] in COMMANDS, f"{document}: no command {words[0]}"

@@ -11,7 +11,8 @@ import maskaq_brevitas
 ROOT = Path(maskaq_brevitas.__file__).parent
 #: From the ground up.
 LAYERS = (
-    "errors", "config", "progress", "files", "modes", "run_directory", "models", "quant", "synthesis", "tuning", "evaluation",
+    "errors", "config", "progress", "files", "modes", "run_directory", "models", "quant", "synthesis", "tuning",
+    "evaluation",
     "export", "report",
     "calibrator", "support", "options", "commands", "cli", "__main__",
 )  # fmt: skip

@@ -67,7 +67,9 @@ def nested(m, share):
 #: Name -> call, argument that is right, argument that is wrong (None where there is none).
 CALLS = {
     "read_geometry": (lambda m, model: read_geometry(m.model if model is None else model), None, torch.nn.Linear(2, 2)),
-    "prepare_for_fx": (lambda m, model: prepare_for_fx(m.model if model is None else model), None, torch.nn.Linear(2, 2)),
+    "prepare_for_fx": (
+        lambda m, model: prepare_for_fx(m.model if model is None else model), None, torch.nn.Linear(2, 2)
+    ),
     "swap_layers": (lambda m, scheme: swap_layers(m.model, scheme), "w4a4", "w4"),
     "constructor": (lambda m, count: m.made(num_images=count), 4, 0),
     "ensure_images": (lambda m, _: m.made().ensure_images(), None, None),
@@ -75,7 +77,9 @@ CALLS = {
     "calibrate": (lambda m, scheme: m.made(scheme).calibrate(), "w4a4", "w99a1"),
     "calibrate mixed": (lambda m, _: m.made("auto-4.5").calibrate(), None, None),
     "distill": (lambda m, tuning: m.made().quantize(tuning), DISTILL, "distill"),
-    "reconstruct": (lambda m, tuning: m.made().quantize(tuning), ReconstructConfig(steps=2, batch_size=4), [DISTILL, 3]),
+    "reconstruct": (
+        lambda m, tuning: m.made().quantize(tuning), ReconstructConfig(steps=2, batch_size=4), [DISTILL, 3]
+    ),
     "refresh": (lambda m, share: m.calibrator.refresh(share=share, steps=1), 1.0, 2.0),
     "nested": (nested, 1.0, 2.0),
     "calibrated_on": (lambda m, channels: m.calibrator.calibrated_on(m.images[:, :channels]), 3, 2),
@@ -184,7 +188,9 @@ def test_an_error_inside_the_model(material, name, at, monkeypatch):
 
 
 @pytest.mark.parametrize("surroundings", ("no_grad", "inference", "autocast"))
-@pytest.mark.parametrize("name", ("ensure_images", "calibrate", "distill", "reconstruct", "refresh", "nested", "evaluate"))
+@pytest.mark.parametrize(
+    "name", ("ensure_images", "calibrate", "distill", "reconstruct", "refresh", "nested", "evaluate")
+)
 def test_within_other_contexts(material, name, surroundings):
     call, right, _ = CALLS[name]
     with SURROUNDINGS[surroundings]():

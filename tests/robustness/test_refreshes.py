@@ -38,7 +38,10 @@ def test_fifty_refreshes():
     process.start()
     (early, early_tensors), (late, late_tensors) = results.get(timeout=300), results.get(timeout=300)
     process.join()
-    print(f"peak after 5 refreshes {early / 1024:.1f} MiB, after {REFRESHES} {late / 1024:.1f} MiB; live tensors {late_tensors}")
+    print(
+        f"peak after 5 refreshes {early / 1024:.1f} MiB, after {REFRESHES} {late / 1024:.1f} MiB; live tensors "
+        f"{late_tensors}"
+    )
     assert process.exitcode == 0
     assert late_tensors == early_tensors
     # The allocator takes a few MiB more; graphs that a hook tied to themselves were 98 MiB.
