@@ -24,7 +24,16 @@ from torch import Tensor
 from maskaq_brevitas.errors import DamagedFileError
 from maskaq_brevitas.errors import WriteError
 
-__all__ = ["digest", "load_json", "load_tensors", "save_json", "save_tensors", "whole_file", "write_whole"]
+__all__ = [
+    "digest",
+    "load_json",
+    "load_tensors",
+    "save_json",
+    "save_tensors",
+    "tensors_on_meta",
+    "whole_file",
+    "write_whole",
+]
 
 _KEY = "sha256"
 
@@ -89,6 +98,23 @@ def load_tensors(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[s
         raise DamagedFileError(f"{path} cannot be read: {error}. {_WAY_OUT}") from error
     _check_digest(path, expected, digest(found))
     return found
+
+
+def tensors_on_meta(path: Path) -> dict[str, Tensor]:
+    """Names, shapes and dtypes in a safetensors file, whoever wrote it, as tensors on the device ``meta``.
+
+    A dtype that :mod:`torch` has no common name for (8-bit floats) is given as ``uint8``.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be read, or its header does not fit its size.
+    """
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {
+            name: torch.empty(part.get_shape(), dtype=dtypes.get(part.get_dtype(), torch.uint8), device="meta")
+            for name, part in parts.items()
+        }
 
 
 def save_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from maskaq_brevitas.errors import CheckpointError
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.files import tensors_on_meta
 
 __all__ = ["available_models", "load_model"]
 
@@ -97,7 +98,7 @@ def _digits_vit(checkpoint: str | Path | None, num_classes: int | None) -> nn.Mo
         weights = safetensors.torch.load(folder.joinpath("digits_vit.safetensors").read_bytes())
     else:
         source = str(checkpoint)
-        weights = _read(Path(checkpoint))
+        weights = _header(Path(checkpoint))
     pretrained_cfg = {
         "architecture": SHIPPED_MODEL,
         **{key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()},
@@ -109,7 +110,7 @@ def _digits_vit(checkpoint: str | Path | None, num_classes: int | None) -> nn.Mo
     misfits = _misfits(model.state_dict(), weights)
     if misfits:
         raise _does_not_fit(source, SHIPPED_MODEL, misfits)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights if checkpoint is None else safetensors.torch.load_file(checkpoint))
     return model
 
 
@@ -142,7 +143,7 @@ def _other_classes(name: str, classes: int, num_classes: int | None) -> Checkpoi
 
 def _timm_from_file(name: str, checkpoint: Path, num_classes: int | None) -> nn.Module:
     """Builds a timm model with the weights of a file, through timm's own loading and key conversion."""
-    weights = _read(checkpoint)
+    weights = _header(checkpoint)
     template: Any = timm.create_model(name, pretrained=False, num_classes=num_classes)  # with its pretrained_cfg
     in_file = _head_classes(weights, template.pretrained_cfg)
     if num_classes is None and in_file not in (None, template.num_classes):
@@ -151,7 +152,7 @@ def _timm_from_file(name: str, checkpoint: Path, num_classes: int | None) -> nn.
     expected = template.state_dict()
     misfits = _misfits(expected, weights)
     # timm would resample weights of another input or patch size without a word; its key conversions are welcome.
-    if any(text.startswith("shape") for text in misfits):
+    if any(text.startswith(("shape", "dtype")) for text in misfits):
         raise _does_not_fit(str(checkpoint), name, misfits)
     original_cfg = template.pretrained_cfg
     try:
@@ -184,14 +185,14 @@ def _torchvision_model(name: str, checkpoint: str | Path | None, num_classes: in
         except Exception as error:  # the download raises errors of urllib, OSError, RuntimeError
             raise _no_download("torchvision", name, error) from error
     else:
-        weights = _read(Path(checkpoint))
+        weights = _header(Path(checkpoint))
         head = weights.get("heads.head.weight", weights.get("head.weight"))
         classes = num_classes or (classes if head is None else head.shape[0])
         model = torchvision.models.get_model(architecture, weights=None, num_classes=classes)
         misfits = _misfits(model.state_dict(), weights)
         if misfits:
             raise _does_not_fit(str(checkpoint), name, misfits)
-        model.load_state_dict(weights)
+        model.load_state_dict(safetensors.torch.load_file(checkpoint))
     transform = best.transforms()
     size = getattr(model, "image_size", transform.crop_size[0])
     model.pretrained_cfg = dict(
@@ -202,8 +203,11 @@ def _torchvision_model(name: str, checkpoint: str | Path | None, num_classes: in
     return model
 
 
-def _read(checkpoint: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; raises CheckpointError when it is missing, of another kind or damaged."""
+def _header(checkpoint: Path) -> dict[str, Tensor]:
+    """Shapes and dtypes in a safetensors file, as tensors on the device ``meta``: a file too large is refused unread.
+
+    Raises CheckpointError when it is missing, of another kind or damaged.
+    """
     if checkpoint.suffix != ".safetensors":
         raise CheckpointError(
             f"Expected a '.safetensors' file, got '{checkpoint}'. Other formats can run code when they are read; "
@@ -212,7 +216,7 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
     if not checkpoint.is_file():
         raise CheckpointError(f"Expected a file with weights, found none at '{checkpoint}'. Check the path.")
     try:
-        return safetensors.torch.load_file(checkpoint)
+        return tensors_on_meta(checkpoint)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
             f"Expected a whole safetensors file, cannot read '{checkpoint}': {error}. Copy or download it again."
@@ -228,10 +232,15 @@ def _head_classes(weights: dict[str, Tensor], pretrained_cfg: dict[str, Any]) ->
 
 
 def _misfits(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
-    """Texts that name keys of another shape, keys that the file lacks and keys that the model lacks, in this order."""
+    """Texts that name keys of another shape or kind of dtype, keys that the file lacks and keys that the model lacks,
+    in this order.
+    """
     return [
         *(f"shape of '{key}': expected {tuple(value.shape)}, got {tuple(weights[key].shape)}"
           for key, value in expected.items() if key in weights and weights[key].shape != value.shape),
+        *(f"dtype of '{key}': expected floating point, got {weights[key].dtype}"
+          for key, value in expected.items()
+          if key in weights and value.is_floating_point() and not weights[key].is_floating_point()),
         *(f"missing '{key}'" for key in expected if key not in weights),
         *(f"unexpected '{key}'" for key in weights if key not in expected),
     ]

@@ -181,3 +181,36 @@ def test_torchvision_names_and_downloads(monkeypatch):
         CheckpointError, match="Expected torchvision to download .*got OSError: no network here.*--checkpoint"
     ):
         load_model("torchvision:vit_b_16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (
+            lambda weights: {**weights, "head.weight": weights["head.weight"].long()},
+            "dtype of 'head.weight': expected fl",
+        ),
+        (
+            lambda weights: {**weights, "pos_embed": torch.zeros(1, 2_000_000, 96)},
+            r"shape of 'pos_embed': expected \(1",
+        ),
+        (
+            lambda weights: {**weights, "norm.bias": weights["norm.bias"].to(torch.float8_e4m3fn)},
+            "dtype of 'norm.bias'",
+        ),
+    ),
+)
+def test_a_file_of_other_dtypes_or_sizes_is_refused_unread(change, message, digits_vit, tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(change(dict(digits_vit.state_dict())), path)
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda path: pytest.fail("its data were read"))
+    with pytest.raises(CheckpointError, match=message):
+        load_model("digits_vit", checkpoint=path)
+
+
+@pytest.mark.parametrize("name", ("digits_vit", "vit_tiny_patch16_224"))
+def test_a_header_bomb_is_refused(name, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_model(name, checkpoint=path)
