@@ -19,7 +19,7 @@ from maskaq_brevitas.errors import WriteError
 from maskaq_brevitas.files import load_json
 from maskaq_brevitas.files import load_tensors
 
-KILLS_PER_STAGE = 7
+KILLS_PER_STAGE = 6
 
 
 @pytest.fixture(scope="module")
