@@ -1,5 +1,4 @@
-"""``DataFreeCalibrator``: a calibration DataLoader for a model without data, and the facade over the stages of a run.
-"""
+"""``DataFreeCalibrator``: a calibration DataLoader for a model without data, and the facade over a run's stages."""
 
 from __future__ import annotations
 
@@ -308,10 +307,10 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if silent:
             warnings.warn(
                 f"The synthetic images give nothing but zeros (or one value) at the input of {', '.join(silent)}: what "
-                "other "
-                "images give there will be clipped. More images (num_images) may reach it.", SilentLayerWarning,
+                "other images give there will be clipped. More images (num_images) may reach it.",
+                SilentLayerWarning,
                 stacklevel=2,
-            )  # fmt: skip
+            )
         return self.quant_model
 
     @own_modes()
