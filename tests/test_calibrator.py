@@ -224,12 +224,6 @@ def test_every_method_only_borrows_also_when_the_model_raises(tiny_vit, tmp_path
     assert calibrator.version >= 1
 
 
-def test_nan_weights_are_an_error(tiny_vit):
-    tiny_vit.head.weight.data[0, 0] = float("nan")
-    with pytest.raises(SynthesisError, match=r"not finite after as many new draws.*check its weights"):
-        make(tiny_vit).ensure_images()
-
-
 def test_calibrate_and_freeze(calibrator):
     quant_model = calibrator.calibrate()
     assert quant_model is calibrator.quant_model and is_calibrated(quant_model)

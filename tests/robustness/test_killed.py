@@ -142,7 +142,7 @@ def interrupted(folder: Path, at: str, count: int) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("at", "count"), (("calibration", 1), ("distillation", 1), ("refresh", 2), ("export", 1)))
+@pytest.mark.parametrize(("at", "count"), (("calibration", 1), ("refresh", 2), ("export", 1)))
 def test_damaged_files(whole, tmp_path, at, count):
     """Each file of a run cut short, emptied, with one bit flipped, with another file's content, or gone."""
     expected, draw, tried, refused = small_run.results(whole, export=False), random.Random(0), 0, 0
@@ -178,5 +178,5 @@ def test_damaged_files(whole, tmp_path, at, count):
                 assert not different, (path, damages.index(damage), different)
             shutil.rmtree(copy)
     print(f"{tried} damaged files: {refused} refused by name, {tried - refused} runs ended with the same bytes")
-    assert refused >= 4 * len(paths)
+    assert refused >= 3 * len(paths)  # the plan of a refresh that is over is not read again
     assert os.listdir(tmp_path) == ["run"]
