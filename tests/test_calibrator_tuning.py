@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from random_vit import random_vit
 from torch import nn
 
 from maskaq_brevitas import files
@@ -33,11 +33,7 @@ RESULTS = ("images.safetensors", "held_back.safetensors", "quant_model.safetenso
 
 def small_vit() -> nn.Module:
     """A ViT that the child process of the kill test can build as well: random weights of a fixed seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=4)
-    model.pretrained_cfg = model.default_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return model.eval()
+    return random_vit(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=4)
 
 
 def make_calibrator(model: nn.Module, **changes) -> DataFreeCalibrator:

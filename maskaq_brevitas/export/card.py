@@ -73,9 +73,10 @@ def model_card(path: str | os.PathLike[str]) -> ModelCard:
     outputs = [(node, name) for node in typed.graph.node for name in node.output]
     types = {name: str(typed.get_tensor_datatype(name).name) for _, name in outputs}
     pairs = {
-        key.removeprefix("op_mac_").replace("_", " x "): int(count) for key,
-        count in cost.items() if key.startswith("op_mac_")
-    }  # fmt: skip
+        key.removeprefix("op_mac_").replace("_", " x "): int(count)
+        for key, count in cost.items()
+        if key.startswith("op_mac_")
+    }
     named = {
         _module(node): types[name] for node, name in outputs if node.op_type in QUANT_OPS and _module(node)
     }  # fmt: skip

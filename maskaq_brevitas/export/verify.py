@@ -193,9 +193,8 @@ def verify_torch_file(
         except Exception:  # noqa: BLE001 - whatever the file's own check of its input raises
             batch = 1
         try:
-            found = torch.cat([joined(output_tensors(run(chunk)) or []) for chunk in whole_batches(images, batch)])[
-                : len(images)
-            ]
+            outputs = [joined(output_tensors(run(chunk)) or []) for chunk in whole_batches(images, batch)]
+            found = torch.cat(outputs)[: len(images)]
         except Exception as error:
             raise ExportError(
                 f"{os.fspath(path)} could not be executed on images {tuple(images.shape)}: {type(error).__name__}: "

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
 from torch import nn
 
 from maskaq_brevitas.errors import ModelError
 
-__all__ = ["check_finite"]
+__all__ = ["check_finite", "not_finite"]
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
 def check_finite(model: nn.Module, what: str) -> None:
@@ -18,10 +26,9 @@ def check_finite(model: nn.Module, what: str) -> None:
     Raises:
         ModelError: naming the first three tensors that are affected, and how many of their values.
     """
+    state = model.state_dict()
     broken = [
-        f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} values)"
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not tensor.isfinite().all()
+        f"{name} ({int((~state[name].isfinite()).sum())} of {state[name].numel()} values)" for name in not_finite(state)
     ]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""

@@ -25,6 +25,7 @@ from maskaq_brevitas.models.hf_common import timm_mlp
 from maskaq_brevitas.models.layout import AttentionLayout
 from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL
 from maskaq_brevitas.models.swin import merged_patches
+from maskaq_brevitas.models.swin import table_bias
 from maskaq_brevitas.models.swin import window_bias
 from maskaq_brevitas.models.windows import cut_windows
 from maskaq_brevitas.models.windows import joined_windows
@@ -54,10 +55,8 @@ class ExplicitHFWindowAttention(ExplicitHFAttention):
 
     def position_bias(self) -> Tensor:
         """``(heads, tokens, tokens)``."""
-        area = math.isqrt(len(self.relative_position_index))
-        return (
-            self.relative_position_bias_table[self.relative_position_index].unflatten(0, (area, area)).permute(2, 0, 1)
-        )
+        tokens = math.isqrt(len(self.relative_position_index))
+        return table_bias(self.relative_position_bias_table, self.relative_position_index, tokens)
 
 
 class PlainSwinLayer(nn.Module):

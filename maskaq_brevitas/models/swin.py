@@ -52,8 +52,7 @@ class ExplicitWindowAttention(ExplicitAttention):
 
     def position_bias(self) -> Tensor:
         """``(heads, tokens, tokens)``."""
-        pairs = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return pairs.unflatten(0, (self.window_area, self.window_area)).permute(2, 0, 1)
+        return table_bias(self.relative_position_bias_table, self.relative_position_index, self.window_area)
 
 
 class FlatPatchMerging(nn.Module):
@@ -80,6 +79,16 @@ def merged_patches(x: Tensor) -> tuple[Tensor, int, int]:
     rows, columns = height // 2, width // 2
     x = x.reshape(batch, rows, 2, columns, 2, channels).permute(0, 1, 3, 4, 2, 5)
     return x.reshape(batch, rows * columns, 4 * channels), rows, columns
+
+
+def table_bias(table: Tensor, index: Tensor, tokens: int) -> Tensor:
+    """The bias of each pair of the ``tokens`` in a window, ``(heads, tokens, tokens)``.
+
+    Args:
+        table: ``(distances, heads)``.
+        index: of the distance of each pair, tokens * tokens of them in any shape.
+    """
+    return table[index.flatten()].unflatten(0, (tokens, tokens)).permute(2, 0, 1)
 
 
 def window_bias(position: Tensor, mask: Tensor | None) -> Tensor:

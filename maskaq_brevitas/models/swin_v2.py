@@ -20,6 +20,7 @@ from maskaq_brevitas.models.family import mlp_places
 from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL
 from maskaq_brevitas.models.swin import merged_patches
 from maskaq_brevitas.models.swin import merging_passages
+from maskaq_brevitas.models.swin import table_bias
 from maskaq_brevitas.models.swin import window_bias
 from maskaq_brevitas.models.swin import window_layouts
 
@@ -60,8 +61,7 @@ def _position_bias(source: WindowAttention) -> Tensor:
     """``(heads, tokens, tokens)``."""
     table = source.cpb_mlp(source.relative_coords_table).view(-1, source.num_heads)
     area = source.window_size[0] * source.window_size[1]
-    pairs = table[source.get_buffer("relative_position_index").flatten()].unflatten(0, (area, area))
-    return 16 * torch.sigmoid(pairs.permute(2, 0, 1).contiguous())
+    return 16 * torch.sigmoid(table_bias(table, source.get_buffer("relative_position_index"), area).contiguous())
 
 
 class FlatPatchMerging(nn.Module):

@@ -29,6 +29,7 @@ from maskaq_brevitas.models.family import has_affine
 from maskaq_brevitas.models.layout import AttentionLayout
 from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL
 from maskaq_brevitas.models.swin import FlatPatchMerging
+from maskaq_brevitas.models.swin import table_bias
 from maskaq_brevitas.models.swin import window_bias
 from maskaq_brevitas.models.swin_v2 import FlatPatchMerging as FlatPatchMergingV2
 from maskaq_brevitas.models.torchvision_vit import IdleMLP
@@ -44,6 +45,8 @@ __all__ = ["ExplicitShiftedAttention", "ExplicitShiftedAttentionV2", "TORCHVISIO
 
 class ExplicitShiftedAttention(ExplicitAttention):
     """torchvision's ``ShiftedWindowAttention``, written out: ``(batch, rows, columns, dim)`` to the same."""
+
+    relative_position_index: Tensor
 
     def __init__(self, source: Any):
         super().__init__(source)
@@ -64,10 +67,8 @@ class ExplicitShiftedAttention(ExplicitAttention):
 
     def position_bias(self) -> Tensor:
         """``(heads, tokens, tokens)``."""
-        area = self.window[0] * self.window[1]
-        return (
-            self.relative_position_bias_table[self.relative_position_index].unflatten(0, (area, area)).permute(2, 0, 1)
-        )
+        tokens = self.window[0] * self.window[1]
+        return table_bias(self.relative_position_bias_table, self.relative_position_index, tokens)
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys whose product is the logits."""

@@ -43,7 +43,7 @@ def save_checkpoint(
 ) -> None:
     """Write a :class:`Checkpoint`; it takes the place of the one before."""
     before = run.read_json(_NOTE)["tensors"] if run.has(_NOTE) else None
-    name = _tensor_file(stage, f"{done:04d}")
+    name = f"state/tuning-{stage}-{done:04d}.safetensors"
     run.write_tensors(name, {f"{part}:{key}": value for part, found in tensors.items() for key, value in found.items()})
     run.write_json(_NOTE, {"stage": stage, "done": done, **note, "tensors": name})
     if before not in (None, name):
@@ -59,7 +59,7 @@ def has_checkpoint(run: RunDirectory) -> bool:
     if run.has(_NOTE):
         return True
     # A run may die between its first tensor file and the note.
-    if any(path != run.path / _tensor_file(0, "0000") for path in run.path.glob(_tensor_file("*", "*"))):
+    if any(path.name != "tuning-0-0000.safetensors" for path in run.path.glob("state/tuning-*.safetensors")):
         raise DamagedFileError(
             f"{run.path / _NOTE} is missing, but a tuning had begun. Put the file back, or start the run again with "
             "--overwrite."
@@ -86,7 +86,3 @@ def load_checkpoint(run: RunDirectory) -> Checkpoint | None:
         raise RunDirectoryError(
             f"{run.path / _NOTE} is damaged: {error} is missing. Start the run again with --overwrite."
         ) from error
-
-
-def _tensor_file(stage: int | str, done: str) -> str:
-    return f"state/tuning-{stage}-{done}.safetensors"

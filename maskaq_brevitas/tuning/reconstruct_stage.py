@@ -18,6 +18,7 @@ from maskaq_brevitas.models.block_path import bound_arguments
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.families import block_passages
 from maskaq_brevitas.models.families import features_behind
+from maskaq_brevitas.modes import own_modes
 from maskaq_brevitas.progress import BarFactory
 from maskaq_brevitas.progress import random_stream
 from maskaq_brevitas.run_directory import RunDirectory
@@ -86,7 +87,7 @@ class ReconstructStage:
         """
         training = {module: module.training for module in self.quant_model.modules()}
         wanted = {parameter: parameter.requires_grad for parameter in self.quant_model.parameters()}
-        with tempfile.TemporaryDirectory(prefix="maskaq-") as folder, torch.inference_mode(False), torch.enable_grad():
+        with tempfile.TemporaryDirectory(prefix="maskaq-") as folder, own_modes():
             try:
                 self.quant_model.eval().requires_grad_(False)
                 self._execute(Path(folder))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch import nn
 
 from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.models.health import not_finite
 
 __all__ = ["copied_state", "load_quant_state"]
 
@@ -23,9 +24,8 @@ def load_quant_state(quant_model: nn.Module, state: Mapping[str, Tensor]) -> Non
     Raises:
         RunDirectoryError: if names or shapes differ, or a value is not finite.
     """
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise RunDirectoryError(f"The saved quant model is broken: {name} holds values that are not finite.")
+    for name in not_finite(state):
+        raise RunDirectoryError(f"The saved quant model is broken: {name} holds values that are not finite.")
     try:
         quant_model.load_state_dict(dict(state))
     except RuntimeError as error:

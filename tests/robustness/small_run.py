@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from random_vit import random_vit
 from torch import nn
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
@@ -25,11 +25,7 @@ TUNING = (
 
 def small_vit() -> nn.Module:
     """16 x 16 input, 4 x 4 patches, 2 blocks of width 32, random weights of a fixed seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=4)
-    model.pretrained_cfg = model.default_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return model.eval()
+    return random_vit(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=4)
 
 
 def calibrator_of(folder, kind=DataFreeCalibrator, **changes) -> DataFreeCalibrator:

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maskaq_brevitas import DataFreeCalibrator
@@ -15,14 +14,6 @@ from maskaq_brevitas.errors import SilentLayerWarning
 from maskaq_brevitas.errors import SynthesisError
 
 SMALL = dict(num_images=8, held_back=2, batch_size=4, progress=False, synthesis=SynthesisConfig(steps=2, batch_size=4))
-
-
-def small_vit() -> VisionTransformer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10)
-    model.pretrained_cfg = model.default_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return model.eval()
 
 
 def dead_channels(block: nn.Module) -> None:
@@ -74,12 +65,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize(("scheme", "precision"), (("w8a8", "float32"), ("w2a2", "bfloat16")))
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_constant_dead_and_tiny_values_are_quantized(damage, scheme, precision):
-    model = small_vit()
+def test_constant_dead_and_tiny_values_are_quantized(damage, scheme, precision, tiny_vit):
     with torch.no_grad():
-        damage(model.blocks[0])
+        damage(tiny_vit.blocks[0])
     options = {**SMALL, "synthesis": SynthesisConfig(steps=2, batch_size=4, precision=precision)}
-    calibrator = DataFreeCalibrator(model, scheme=scheme, **options)
+    calibrator = DataFreeCalibrator(tiny_vit, scheme=scheme, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quant_model = calibrator.calibrate()
@@ -88,7 +78,7 @@ def test_constant_dead_and_tiny_values_are_quantized(damage, scheme, precision):
     assert all(f"blocks.0.{name}" in told[0] for name in DAMAGES[damage])
     images, _ = next(iter(calibrator))
     with torch.no_grad():
-        expected, found = model(images), quant_model(images)
+        expected, found = tiny_vit(images), quant_model(images)
     for name, tensor in quant_model.state_dict().items():
         assert not tensor.is_floating_point() or tensor.isfinite().all(), name
     assert torch.equal(calibrator.freeze()(images), found)
@@ -97,21 +87,19 @@ def test_constant_dead_and_tiny_values_are_quantized(damage, scheme, precision):
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_a_model_that_is_not_finite_is_refused_by_name(value):
-    model = small_vit()
+def test_a_model_that_is_not_finite_is_refused_by_name(value, tiny_vit):
     with torch.no_grad():
-        model.blocks[1].mlp.fc1.weight[2, 3] = value
-        model.head.bias[:2] = value
+        tiny_vit.blocks[1].mlp.fc1.weight[2, 3] = value
+        tiny_vit.head.bias[:2] = value
     with pytest.raises(
         ModelError, match=r"NaN or infinity in blocks.1.mlp.fc1.weight \(1 of 16384 values\), head.bias \(2"
     ):
-        DataFreeCalibrator(model, **SMALL)
+        DataFreeCalibrator(tiny_vit, **SMALL)
 
 
-def test_a_model_that_overflows_says_so():
-    model = small_vit()
+def test_a_model_that_overflows_says_so(tiny_vit):
     with torch.no_grad():
-        model.blocks[0].mlp.fc1.weight.mul_(1e30)
-    calibrator = DataFreeCalibrator(model, scheme="w4a4", **SMALL)
+        tiny_vit.blocks[0].mlp.fc1.weight.mul_(1e30)
+    calibrator = DataFreeCalibrator(tiny_vit, scheme="w4a4", **SMALL)
     with pytest.raises(SynthesisError, match="gives NaN or infinity: check its weights"):
         calibrator.calibrate()
