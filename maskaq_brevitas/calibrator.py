@@ -59,6 +59,7 @@ from maskaq_brevitas.synthesis.maker import PoolMaker
 from maskaq_brevitas.synthesis.maker import RefreshStart
 from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.synthesis.maker import drop_batches
+from maskaq_brevitas.synthesis.other_run import ImagesOfRun
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.allocate import allocate_widths
 from maskaq_brevitas.tuning.allocate import candidate_widths
@@ -114,6 +115,9 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         held_back: images that only measure and select, never calibrate; ``None`` means an eighth of
             ``num_images``, at least 8.
         synthesis: everything else about how images are made.
+        images_from: folder of a run of the same float model whose images are taken instead of making new ones: those
+            of one run serve for several schemes. ``num_images``, ``held_back`` and ``synthesis`` are that run's. The
+            alignment term coupled its images to its own quant model; a refresh couples them to this one.
         tuning: how :meth:`quantize` tunes the quant model, one configuration or several that follow each other;
             an empty list only calibrates it, ``None`` means that of ``effort``.
         seed: of all randomness. Same seed, machine and thread count: the same bytes.
@@ -125,7 +129,9 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
 
     Raises:
         ConfigurationError: unknown scheme or pattern, or a loader argument that would break the contract.
+            Or ``images_from`` is a run of another model, or of other images than ``num_images`` and ``synthesis`` say.
         InputError: if ``num_images`` is below 1.
+        RunDirectoryError: if ``images_from`` holds no run, or one without its images.
         ModelError: if a weight is not finite, the model has no known attention, its family is refused, or needs all of
             its tokens and ``kept_tokens`` says otherwise.
 
@@ -153,6 +159,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         steps: int | None = None,
         held_back: int | None = None,
         synthesis: SynthesisConfig | None = None,
+        images_from: str | Path | None = None,
         tuning: TuningConfig | Sequence[TuningConfig] | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -166,7 +173,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
                 "persistent_workers=True would go on serving the images of before a refresh. Leave it out."
             )
         work = resolve_effort(effort)
-        num_images = work.num_images if num_images is None else num_images
+        taken = None if images_from is None else ImagesOfRun(images_from)
+        num_images = (work.num_images if taken is None else taken.num_images) if num_images is None else num_images
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
         check_finite(float_model, "float_model")
@@ -180,6 +188,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.geometry: Geometry = read_geometry(float_model)
         self.scheme = resolve_scheme(scheme)
         self.overrides = dict(overrides or {})
+        if synthesis is None and taken is not None:
+            synthesis = taken.synthesis
         synthesis = synthesis or SynthesisConfig(steps=work.steps, procedural_share=work.procedural_share)
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
@@ -206,8 +216,12 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.stages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
-        count = max(8, num_images // 8) if held_back is None else held_back
-        self.held_back = SyntheticImages(count, self.geometry) if count else None
+        if held_back is None:
+            held_back = max(8, num_images // 8) if taken is None else taken.held_back
+        if taken is not None:
+            taken.check(float_model, num_images=num_images, held_back=held_back, synthesis=synthesis)
+        self.images_from = taken
+        self.held_back = SyntheticImages(held_back, self.geometry) if held_back else None
         pool = SyntheticImages(num_images, self.geometry)
         self._bar = bars(progress)
         self.maker = PoolMaker(
@@ -268,7 +282,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
 
     @own_modes()
     def ensure_images(self) -> SyntheticImages:
-        """Make the images if there are none yet; return the pool.
+        """Make the images, or take them from another run, if there are none yet; return the pool.
 
         Raises:
             SynthesisError: if an image stays non-finite after the configured number of draws.
@@ -286,6 +300,11 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
                 f"{self.run.path / 'images.safetensors'} is missing, but the quant model has been tuned on it. Put the "
                 "file back, or start the run again with --overwrite."
             )
+        if self.images_from is not None:
+            self.images_from.load(self.pool, self.held_back)
+            if self.run is not None:
+                self.maker.save(self.run)
+            return self.pool
         # Calibration loops iterate under no_grad or in inference mode, whose tensors could not be differentiated.
         with torch.no_grad(), self.stage("synthesis"):
             self.maker.fill(self._coupled_snapshot(), self.run)
@@ -463,6 +482,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             "num_images": len(self.pool) if num_images is None else num_images,
             "held_back": len(self.held_back) if self.held_back is not None else 0,
             "synthesis": to_mapping(self.synthesis),
+            **({} if self.images_from is None else {"images_from": self.images_from.digest}),
             **({"tuning": _described(self.tuning)} if self.tuning else {}),
             **({} if self._owns_quant_model else {"quant_model": self._given_quant_model}),
             **(

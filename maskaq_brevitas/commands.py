@@ -263,7 +263,7 @@ def models(options: Namespace) -> None:
 
 def _resolve_paths(options: Namespace) -> None:
     """Absolute paths, so that the saved configuration holds in any folder."""
-    for name in ("checkpoint", "eval_data", "calibration_data"):
+    for name in ("checkpoint", "eval_data", "calibration_data", "images_from"):
         if getattr(options, name) is not None:
             setattr(options, name, str(Path(getattr(options, name)).resolve()))
 
@@ -300,6 +300,7 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
         synthesis=SynthesisConfig(
             steps=options.steps, batch_size=options.batch_size, **_section(options, "synthesis")
         ),
+        images_from=options.images_from,
         tuning=tuning,
         seed=options.seed,
         device=_device(options.device),
@@ -438,7 +439,8 @@ def _load_run(folder: str, saved: Namespace) -> DataFreeCalibrator:
             f"Expected the float weights that {folder} was made from, got others for {saved.model!r}. "
             "Put back the checkpoint named in its config.yaml, or quantize again."
         )
-    calibrator = DataFreeCalibrator(model, **_calibrator_options(saved))
+    # A finished run has its images itself.
+    calibrator = DataFreeCalibrator(model, **{**_calibrator_options(saved), "images_from": None})
     calibrator.load(folder)
     return calibrator
 

@@ -228,15 +228,15 @@ def evaluate(
         total = limit
     # A generator of its own: a DataLoader without one draws from the caller's random state.
     loader = DataLoader(evaluated, batch_size=batch_size, generator=torch.Generator())
-    parameter = next(model.parameters(), torch.empty(0))
+    home = next(model.parameters(), torch.empty(0)).device
     training = {module: module.training for module in model.modules()}
     correct1 = correct5 = 0
     predictions = []
     try:
-        model.eval().to(device or parameter.device)
+        model.eval().to(device or home)
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", disable=None if progress else True):
             with torch.no_grad():
-                logits = read_logits(model, model(images.to(device or parameter.device))).cpu()
+                logits = read_logits(model, model(images.to(device or home))).cpu()
             if logits.ndim != 2 or len(logits) != len(images):
                 raise InputError(
                     f"Expected logits of shape (batch x classes) with a batch of {len(images)}, got "
@@ -248,7 +248,7 @@ def evaluate(
             correct5 += round(top5.item() * len(labels) / 100)
             predictions.append(logits.argmax(dim=1))
     finally:
-        model.to(parameter.device)
+        model.to(home)
         for module, flag in training.items():
             module.training = flag
     return Accuracy(

@@ -30,6 +30,7 @@ __all__ = [
     "load_tensors",
     "save_json",
     "save_tensors",
+    "saved_digest",
     "tensors_on_meta",
     "whole_file",
     "write_whole",
@@ -98,6 +99,22 @@ def load_tensors(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[s
         raise DamagedFileError(f"{path} cannot be read: {error}. {_WAY_OUT}") from error
     _check_digest(path, expected, digest(found))
     return found
+
+
+def saved_digest(path: Path) -> str:
+    """The digest that :func:`save_tensors` wrote into a file; the tensors are not read, and may be damaged.
+
+    Raises:
+        DamagedFileError: if the file is missing, or has no digest.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get(_KEY)
+    except (OSError, SafetensorError) as error:
+        raise DamagedFileError(f"{path} cannot be read: {error}. {_WAY_OUT}") from error
+    if found is None:
+        _check_digest(path, found, "")
+    return str(found)
 
 
 def tensors_on_meta(path: Path) -> dict[str, Tensor]:

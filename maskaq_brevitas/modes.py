@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 
-__all__ = ["kept_random_states", "own_modes"]
+__all__ = ["kept_random_states", "own_modes", "seeded"]
 
 
 @contextmanager
@@ -37,3 +37,14 @@ def kept_random_states() -> Iterator[None]:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws on the CPU from this seed; its state is put back on exit, and that of a GPU is not touched.
+
+    (``torch.manual_seed`` seeds all devices, and ``fork_rng`` puts back only those that it is told.)
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -101,6 +101,9 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
         # The effort sets the defaults of other options, and what is said of those still counts.
         parser.set_defaults(**_effort_values(options.effort))
         options = parsed()
+        if options.images_from is not None:
+            parser.set_defaults(**_image_values(Path(options.images_from)))
+            options = parsed()
         if options.model is None:
             raise ConfigurationError("Expected a MODEL, got none: name one, or give a --config that does.")
         if options.overwrite and options.resume:
@@ -174,6 +177,8 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
         "about an hour "
         "on two cores (ViT-Tiny)")  # fmt: skip
     add("--images", type=int, default=64, metavar="N", help="synthetic images")
+    add("--images-from", metavar="RUN", help="take the images of another run of the same model, and its --images, "
+        "--steps, --batch-size and --synthesis.*, instead of making new ones")  # fmt: skip
     add("--steps", type=int, default=SynthesisConfig.steps, metavar="N", help="iterations of synthesis per batch")
     add("--batch-size", type=_count_or_auto, default=16, metavar="N|auto",
         help="images per batch, in synthesis and calibration; auto: by the device and its free memory")
@@ -220,6 +225,19 @@ def _effort_values(name: str) -> dict[str, Any]:
             key if key in short else f"tuning.{key}": value for key, value in vars(effort.tuning).items()
         })  # fmt: skip
     return values
+
+
+def _image_values(run: Path) -> dict[str, Any]:
+    """Options of ``quantize`` that say how the images of a run were made, by destination.
+
+    Raises:
+        ConfigurationError: if its configuration is missing or damaged.
+    """
+    saved = vars(read_saved(run / "config.yaml"))
+    return {
+        name: value for name, value in saved.items()
+        if name in ("images", "steps", "batch_size") or name.startswith("synthesis.")
+    }  # fmt: skip
 
 
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:

@@ -22,7 +22,7 @@ from maskaq_brevitas.files import load_tensors
 from maskaq_brevitas.files import save_json
 from maskaq_brevitas.files import save_tensors
 
-__all__ = ["RunDirectory", "fingerprint", "installed_versions"]
+__all__ = ["RunDirectory", "differences", "fingerprint", "installed_versions"]
 
 _MANIFEST = "run.json"
 #: What a run writes outside its folder ``state``.
@@ -85,7 +85,7 @@ class RunDirectory:
                 "another folder."
             )
         elif present is not None:
-            differing = _differences(present["identity"], identity)
+            differing = differences(present["identity"], identity)
             if differing:
                 raise RunDirectoryError(
                     f"{self.path} holds another run, which cannot be resumed with this configuration. Differing: "
@@ -150,7 +150,7 @@ class RunDirectory:
         if not self.has(name):
             self.write_json(name, content)
             return
-        differing = _differences(self.read_json(name), content)
+        differing = differences(self.read_json(name), content)
         if differing:
             raise RunDirectoryError(
                 f"{self.path / name} is of another configuration, with which this run cannot be resumed. Differing: "
@@ -206,11 +206,11 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """``key: before -> now`` for all leaves that differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in sorted({*before, *now}):
-            found += _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            found += differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         return found
     return [] if before == now else [f"{name}: {before!r} -> {now!r}"]

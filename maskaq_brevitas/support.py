@@ -30,6 +30,7 @@ from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.family import Family
 from maskaq_brevitas.models.fx import OneArgument
 from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.modes import seeded
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.quant.swap import SwapRecord
 from maskaq_brevitas.quant.swap import swap_layers
@@ -95,8 +96,7 @@ def refusals() -> list[str]:
 
 def small_model(family: Family, example: str) -> nn.Module:
     """A small model with random weights: all parameters are drawn, also those that start at zero or one."""
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(0)
+    with seeded(0), quiet():
         model = family.create(example, **family.examples[example])
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape)

@@ -34,6 +34,7 @@ RefreshStart = Literal["images", "noise"]
 # Numbers of random streams that belong to no batch.
 _LABELS, _HELD_BACK_LABELS, _DRAWN, _HELD_BACK_DRAWN = 99_999, 99_998, 99_997, 99_996
 _WARM_RATE = 0.25
+_DRAWN_AT_ONCE = 64
 
 
 def device_batches(pool: SyntheticImages, size: int, device: torch.device) -> Iterator[Tensor]:
@@ -208,10 +209,11 @@ class PoolMaker:
             return None
         pixels = torch.empty(count, *self.geometry.input_size, dtype=torch.uint8)
         with self.bar(count, "Drawing images") as bar:
-            for index in range(count):
-                shares = scene_images((1, *self.geometry.input_size), random_stream(self.seed, stream, index))
-                pixels[index] = shares[0].mul(255).round().to(torch.uint8)
-                bar.update()
+            for number, chunk in enumerate(torch.arange(count).split(_DRAWN_AT_ONCE)):
+                generator = random_stream(self.seed, stream, number)
+                shares = scene_images((len(chunk), *self.geometry.input_size), generator)
+                pixels[chunk] = shares.mul(255).round().to(torch.uint8)
+                bar.update(len(chunk))
         return pixels
 
     def _draw(self, pool: SyntheticImages, generator: torch.Generator) -> None:

@@ -9,6 +9,7 @@ crops of the photographs shipped with scikit-image and others).
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ _TYPICAL_CONTRAST = 0.42
 
 
 def scene_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
-    """Scenes as shares between black (0) and white (1).
+    """Scenes as shares between black (0) and white (1), drawn on all of torch's threads, one image on each.
 
     Each is a texture (:mod:`maskaq_brevitas.synthesis.textures`), often with up to 14 parts on it: blobs, spots or
     plain shapes with a texture, a shade and a highlight of their own. Falling light, blur, noise or lack of colour may
@@ -34,9 +35,22 @@ def scene_images(shape: tuple[int, int, int, int], generator: torch.Generator) -
 
     Args:
         shape: ``(batch, channels, height, width)``.
-        generator: random source on the CPU.
+        generator: random source on the CPU; gives the seed of each image. The number of threads changes nothing.
     """
-    return torch.stack([_Scene(shape[1:], generator).draw() for _ in range(shape[0])])
+    seeds = [int(seed) for seed in torch.randint(2**62, shape[:1], generator=generator)]
+
+    def draw(seed: int) -> Tensor:
+        return _Scene(shape[1:], torch.Generator().manual_seed(seed)).draw()
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return torch.stack([draw(seed) for seed in seeds])
+    try:
+        # An operation of a scene is too small to be shared out.
+        with ThreadPoolExecutor(min(threads, len(seeds)), initializer=lambda: torch.set_num_threads(1)) as workers:
+            return torch.stack(list(workers.map(draw, seeds)))
+    finally:
+        torch.set_num_threads(threads)  # which is not only that of a worker, in all of torch's libraries
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.rounding import learned_rounding
+from maskaq_brevitas.tuning.state import put_state
 
 __all__ = ["BlockData", "BlockFigures", "block_inputs", "reconstruct_block", "through", "trainable_parts"]
 
@@ -161,7 +162,7 @@ def reconstruct_block(
     after = train_after if judge is data else _total_error(quant_block, judge, config.batch_size)
     kept = math.isfinite(after) and after < before
     if not kept:
-        quant_block.load_state_dict(start)
+        put_state(quant_block, start)
     return BlockFigures(before, after if kept else before, train_before, train_after, kept)
 
 

@@ -1,5 +1,7 @@
 """Distiller: what it trains, what it leaves alone, and that its state goes on bit for bit."""
 
+import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import TuningError
+from maskaq_brevitas.modes import own_modes
 from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
@@ -255,6 +258,22 @@ def test_bfloat16_is_close_to_float32(tiny_vit, quant_model, images):
     rounded = _distiller(tiny_vit, quant_model, precision="bfloat16")
     assert rounded.validation_loss([images]).total == pytest.approx(exact, rel=0.3)
     assert rounded.train_epoch([images], _generator()).skipped == 0
+
+
+def test_bfloat16_sees_what_was_learned_in_the_step_before(tiny_vit, quant_model, images):
+    """Also inside of another autocast, which would keep its casts of parameters until it ends."""
+
+    def losses(outside):
+        found: list[float] = []
+        distiller = _distiller(
+            tiny_vit, copy.deepcopy(quant_model), precision="bfloat16", learning_rate=0.05, distance_weight=0.0,
+            compile="never",
+        )  # fmt: skip
+        with outside:
+            distiller.train_epoch(images.split(2), _generator(), on_step=found.append)
+        return found
+
+    assert losses(own_modes()) == losses(nullcontext())
 
 
 @pytest.mark.parametrize(
