@@ -19,7 +19,6 @@ from torch import Tensor
 from torch import nn
 from torch.utils.data import DataLoader
 
-from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import EffortName
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import Scheme
@@ -41,7 +40,6 @@ from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.health import check_finite
 from maskaq_brevitas.models.token_choice import check_token_choice
-from maskaq_brevitas.models.token_choice import why_all_tokens
 from maskaq_brevitas.modes import own_modes
 from maskaq_brevitas.progress import bars
 from maskaq_brevitas.progress import random_stream
@@ -78,6 +76,10 @@ from maskaq_brevitas.tuning.ranges import search_ranges
 from maskaq_brevitas.tuning.ranges import set_channel_scales
 from maskaq_brevitas.tuning.ranges import undo_bias_correction
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
+from maskaq_brevitas.tuning.stages import STAGE_NAMES
+from maskaq_brevitas.tuning.stages import described_tuning
+from maskaq_brevitas.tuning.stages import fitting_tuning
+from maskaq_brevitas.tuning.stages import tuning_stages
 from maskaq_brevitas.tuning.state import load_quant_state
 
 if TYPE_CHECKING:
@@ -193,7 +195,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         synthesis = synthesis or SynthesisConfig(steps=work.steps, procedural_share=work.procedural_share)
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
-        self.tuning = _tunings(_fitting(work.tuning, float_model) if tuning is None else tuning)
+        self.tuning = tuning_stages(fitting_tuning(work.tuning, float_model) if tuning is None else tuning)
         if synthesis.kept_tokens < 1 or any(getattr(config, "kept_tokens", 1) < 1 for config in self.tuning):
             check_token_choice(float_model)
         self.seed = seed
@@ -357,7 +359,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             ModelError: if a tuning compares blocks, and the quant model that was given has none (FX-traced).
             TuningError: if the loss stays non-finite for a whole epoch.
         """
-        tunings = _tunings(tuning) or self.tuning
+        tunings = tuning_stages(tuning) or self.tuning
         if self.tuning not in ((), tunings):
             raise ConfigurationError(
                 "quantize() got another tuning than the constructor. Give it to one of them, or make a new calibrator."
@@ -367,7 +369,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if any(isinstance(config, ReconstructConfig) or config.feature_weight > 0 for config in tunings):
             block_names(self._quant_model)  # refuses a model without blocks before the images are made
         if self.run is not None:
-            self.run.claim("tuning.json", _described(tunings))
+            self.run.claim("tuning.json", described_tuning(tunings))
         self.ensure_images()
         self._assign_widths()
         found = load_checkpoint(self.run) if self.run is not None else None
@@ -379,7 +381,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         for index, config in enumerate(tunings):
             if found is not None and index < found.stage:
                 continue
-            with self.stage(_STAGE_NAMES[type(config)]):
+            with self.stage(STAGE_NAMES[type(config)]):
                 work = self._tuning_stage(index, config, optimizer)
                 if found is not None and index == found.stage:
                     work.resume(found)
@@ -483,7 +485,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             "held_back": len(self.held_back) if self.held_back is not None else 0,
             "synthesis": to_mapping(self.synthesis),
             **({} if self.images_from is None else {"images_from": self.images_from.digest}),
-            **({"tuning": _described(self.tuning)} if self.tuning else {}),
+            **({"tuning": described_tuning(self.tuning)} if self.tuning else {}),
             **({} if self._owns_quant_model else {"quant_model": self._given_quant_model}),
             **(
                 {} if self.hosted is None else {"backbone": f"{self.hosted.name} of {type(self.hosted.model).__name__}"}
@@ -664,32 +666,3 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
 _WIDTHS = "bits.json"
 # Random stream of the variants of calibration images.
 _VARIANTS = 4_000_000
-_KINDS: dict[type, str] = {DistillConfig: "distill", ReconstructConfig: "reconstruct"}
-_STAGE_NAMES: dict[type, str] = {
-    DistillConfig: "distillation, its refreshes included", ReconstructConfig: "reconstruction"
-}  # fmt: skip
-
-
-def _tunings(tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple[TuningConfig, ...]:
-    """The stages of tuning, in order.
-
-    Raises:
-        ConfigurationError: if one of them is no tuning configuration.
-    """
-    if tuning is None:
-        return ()
-    found = (tuning,) if isinstance(tuning, (DistillConfig, ReconstructConfig)) else tuple(tuning)
-    for config in found:
-        if type(config) not in _KINDS:
-            raise ConfigurationError(f"tuning: expected DistillConfig or ReconstructConfig, got {config!r}.")
-    return found
-
-
-def _fitting(tuning: DistillConfig | None, model: nn.Module) -> DistillConfig | None:
-    """The tuning of an effort, with all tokens where the model needs all."""
-    return replace(tuning, kept_tokens=1.0) if tuning is not None and why_all_tokens(model) else tuning
-
-
-def _described(tunings: tuple[TuningConfig, ...]) -> dict[str, Any]:
-    """The stages of tuning as plain values; the differing keys of two runs name stage and option."""
-    return {f"{index}-{_KINDS[type(config)]}": to_mapping(config) for index, config in enumerate(tunings)}

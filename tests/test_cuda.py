@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from maskaq_brevitas.cli import main
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.errors import CompilationWarning
 from maskaq_brevitas.evaluation import digits_split
 from maskaq_brevitas.evaluation import evaluate
 from maskaq_brevitas.models.families import known_families
@@ -108,7 +110,9 @@ def test_tuning_compiled(digits_vit):
         epochs=1, steps_per_epoch=3, batch_size=4, refresh_every=None, distance_weight=0.0, feature_weight=1.0,
         compile="always",
     )
-    quant_model = make(digits_vit, tuning=config).quantize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompilationWarning)  # tells why it fails
+        quant_model = make(digits_vit, tuning=config).quantize()
     assert all(torch.isfinite(parameter).all() for parameter in quant_model.parameters())
 
 
