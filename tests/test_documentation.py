@@ -67,8 +67,13 @@ def test_doctests(name):
         if words[0] == "maskaq"
     ],
 )
-def test_maskaq_commands_parse(document, words, monkeypatch):
+def test_maskaq_commands_parse(document, words, monkeypatch, tmp_path):
     assert words[0] in COMMANDS, f"{document}: no command {words[0]}"
+    if "--images-from" in words:  # that run's configuration is read
+        monkeypatch.chdir(tmp_path)
+        run = tmp_path / words[words.index("--images-from") + 1]
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("model: digits_vit\n")
     parse(words[0], words[1:])
 
 
