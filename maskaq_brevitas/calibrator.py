@@ -58,6 +58,7 @@ from maskaq_brevitas.synthesis.maker import RefreshStart
 from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.synthesis.maker import drop_batches
 from maskaq_brevitas.synthesis.other_run import ImagesOfRun
+from maskaq_brevitas.synthesis.other_run import images_of
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.allocate import allocate_widths
 from maskaq_brevitas.tuning.allocate import candidate_widths
@@ -119,7 +120,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         synthesis: everything else about how images are made.
         images_from: folder of a run of the same float model whose images are taken instead of making new ones: those
             of one run serve for several schemes. ``num_images``, ``held_back`` and ``synthesis`` are that run's. The
-            alignment term coupled its images to its own quant model; a refresh couples them to this one.
+            alignment term coupled its images to its own quant model; a refresh couples them to this one. A run
+            directory of its own gets a copy, and does without that run from then on.
         tuning: how :meth:`quantize` tunes the quant model, one configuration or several that follow each other;
             an empty list only calibrates it, ``None`` means that of ``effort``.
         seed: of all randomness. Same seed, machine and thread count: the same bytes.
@@ -161,7 +163,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         steps: int | None = None,
         held_back: int | None = None,
         synthesis: SynthesisConfig | None = None,
-        images_from: str | Path | None = None,
+        images_from: str | Path | ImagesOfRun | None = None,
         tuning: TuningConfig | Sequence[TuningConfig] | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -175,7 +177,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
                 "persistent_workers=True would go on serving the images of before a refresh. Leave it out."
             )
         work = resolve_effort(effort)
-        taken = None if images_from is None else ImagesOfRun(images_from)
+        taken = images_of(images_from, run_dir, run_mode)
         num_images = (work.num_images if taken is None else taken.num_images) if num_images is None else num_images
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
@@ -195,6 +197,11 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         synthesis = synthesis or SynthesisConfig(steps=work.steps, procedural_share=work.procedural_share)
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
+        if held_back is None:
+            held_back = max(8, num_images // 8) if taken is None else taken.held_back
+        if taken is not None:
+            taken.check(float_model, num_images=num_images, held_back=held_back, synthesis=synthesis)
+        self.images_from = taken
         self.tuning = tuning_stages(fitting_tuning(work.tuning, float_model) if tuning is None else tuning)
         if synthesis.kept_tokens < 1 or any(getattr(config, "kept_tokens", 1) < 1 for config in self.tuning):
             check_token_choice(float_model)
@@ -218,11 +225,6 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.stages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
-        if held_back is None:
-            held_back = max(8, num_images // 8) if taken is None else taken.held_back
-        if taken is not None:
-            taken.check(float_model, num_images=num_images, held_back=held_back, synthesis=synthesis)
-        self.images_from = taken
         self.held_back = SyntheticImages(held_back, self.geometry) if held_back else None
         pool = SyntheticImages(num_images, self.geometry)
         self._bar = bars(progress)

@@ -59,6 +59,7 @@ from maskaq_brevitas.support import recorded_support
 from maskaq_brevitas.support import refusals
 from maskaq_brevitas.synthesis.augment import pixel_noise
 from maskaq_brevitas.synthesis.memory import auto_batch_size
+from maskaq_brevitas.synthesis.other_run import images_of
 from maskaq_brevitas.tuning.sensitivity import Switches
 from maskaq_brevitas.tuning.sensitivity import place_blocks
 from maskaq_brevitas.tuning.sensitivity import place_kinds
@@ -97,6 +98,7 @@ def quantize(options: Namespace) -> None:
     if automatic:
         options.batch_size = _fitting_batch(model, calibration["device"])
         calibration = _calibrator_options(options)
+    calibration["images_from"] = images_of(calibration["images_from"], out, mode)
     calibrator = DataFreeCalibrator(model, **calibration)
     if mode == "resume" and out.is_dir():
         calibrator.run = RunDirectory(out, calibrator.identity(), mode)  # another configuration is refused at once
@@ -434,13 +436,15 @@ def _saved_options(options: Namespace, *, quiet: bool = False) -> Namespace:
 def _load_run(folder: str, saved: Namespace) -> DataFreeCalibrator:
     """The calibrator of a finished run, with its images and its quant model."""
     model = load_model(saved.model, checkpoint=saved.checkpoint)
-    if fingerprint(model) != RunDirectory.read_identity(folder)["weights"]:
+    identity = RunDirectory.read_identity(folder)
+    if fingerprint(model) != identity["weights"]:
         raise CheckpointError(
             f"Expected the float weights that {folder} was made from, got others for {saved.model!r}. "
             "Put back the checkpoint named in its config.yaml, or quantize again."
         )
     # A finished run has its images itself.
-    calibrator = DataFreeCalibrator(model, **{**_calibrator_options(saved), "images_from": None})
+    options = {**_calibrator_options(saved), "images_from": None, "held_back": identity["held_back"]}
+    calibrator = DataFreeCalibrator(model, **options)
     calibrator.load(folder)
     return calibrator
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import types
 from collections.abc import Callable
@@ -100,18 +101,24 @@ def parse(command: str, arguments: list[str]) -> argparse.Namespace:
     if command == "quantize":
         # The effort sets the defaults of other options, and what is said of those still counts.
         parser.set_defaults(**_effort_values(options.effort))
-        options = parsed()
+        options = _completed(parsed())
         if options.images_from is not None:
-            parser.set_defaults(**_image_values(Path(options.images_from)))
-            options = parsed()
-        if options.model is None:
-            raise ConfigurationError("Expected a MODEL, got none: name one, or give a --config that does.")
-        if options.overwrite and options.resume:
-            raise ConfigurationError("Expected --overwrite or --resume, got both. Choose one.")
-        if options.target == "finn" and re.fullmatch(r"w\da\d", options.scheme):
-            options.scheme = f"finn-{options.scheme}"
-        if options.out is None:
-            options.out = f"runs/{options.model}-{options.scheme}"
+            taken = options.resume and (Path(options.out) / "images.safetensors").is_file()
+            parser.set_defaults(**_image_values(Path(options.out if taken else options.images_from)))
+            options = _completed(parsed())
+    return options
+
+
+def _completed(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of ``quantize`` with what follows from others."""
+    if options.model is None:
+        raise ConfigurationError("Expected a MODEL, got none: name one, or give a --config that does.")
+    if options.overwrite and options.resume:
+        raise ConfigurationError("Expected --overwrite or --resume, got both. Choose one.")
+    if options.target == "finn" and re.fullmatch(r"w\da\d", options.scheme):
+        options.scheme = f"finn-{options.scheme}"
+    if options.out is None:
+        options.out = f"runs/{options.model}-{options.scheme}"
     return options
 
 
@@ -231,13 +238,18 @@ def _image_values(run: Path) -> dict[str, Any]:
     """Options of ``quantize`` that say how the images of a run were made, by destination.
 
     Raises:
-        ConfigurationError: if its configuration is missing or damaged.
+        ConfigurationError: if there is no run, or its manifest is damaged.
     """
-    saved = vars(read_saved(run / "config.yaml"))
-    return {
-        name: value for name, value in saved.items()
-        if name in ("images", "steps", "batch_size") or name.startswith("synthesis.")
-    }  # fmt: skip
+    try:
+        identity = json.loads((run / "run.json").read_text(encoding="utf-8"))["identity"]
+        synthesis = dict(identity["synthesis"])
+        values = {"images": identity["num_images"], "steps": synthesis.pop("steps")}
+        values["batch_size"] = synthesis.pop("batch_size")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"--images-from: expected the folder of a run with its images, got {run}: {error}."
+        ) from error
+    return {**values, **{f"synthesis.{name}": value for name, value in synthesis.items()}}
 
 
 def _add_evaluate(parser: argparse.ArgumentParser, add: Callable[..., None]) -> None:

@@ -3,6 +3,7 @@
 import doctest
 import functools
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -69,11 +70,12 @@ def test_doctests(name):
 )
 def test_maskaq_commands_parse(document, words, monkeypatch, tmp_path):
     assert words[0] in COMMANDS, f"{document}: no command {words[0]}"
-    if "--images-from" in words:  # that run's configuration is read
+    if "--images-from" in words:  # that run's manifest is read
         monkeypatch.chdir(tmp_path)
         run = tmp_path / words[words.index("--images-from") + 1]
         run.mkdir(parents=True)
-        (run / "config.yaml").write_text("model: digits_vit\n")
+        manifest = {"identity": {"num_images": 4, "synthesis": {"steps": 2, "batch_size": 4}}}
+        (run / "run.json").write_text(json.dumps(manifest))
     parse(words[0], words[1:])
 
 

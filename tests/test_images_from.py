@@ -14,6 +14,7 @@ from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import DamagedFileError
 from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.files import load_tensors
 from maskaq_brevitas.options import parse
 from maskaq_brevitas.synthesis import maker
 
@@ -30,6 +31,12 @@ def source(tiny_vit, tmp_path):
     folder = tmp_path / "source"
     make(tiny_vit, num_images=6, held_back=3, synthesis=FAST, run_dir=folder).ensure_images()
     return folder
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -57,7 +64,8 @@ def test_images_are_taken_with_their_settings(tiny_vit, source, tmp_path, no_syn
 def test_images_are_taken_without_a_run_directory_too(tiny_vit, source, no_synthesis):
     calibrator = make(tiny_vit, images_from=source)
     images, _ = next(iter(calibrator))
-    assert torch.equal(images, calibrator.pool.images()[:4])
+    pixels = load_tensors(source / "images.safetensors")["pixels"][:4]
+    assert torch.equal(images, calibrator.geometry.normalize(pixels.float() / 255))
 
 
 def test_a_refresh_couples_them_to_the_new_model(tiny_vit, source, tmp_path):
@@ -67,6 +75,24 @@ def test_a_refresh_couples_them_to_the_new_model(tiny_vit, source, tmp_path):
     assert not torch.equal(calibrator.pool.pixels, before)
     resumed = make(tiny_vit, images_from=source, run_dir=tmp_path / "run", run_mode="resume")
     assert torch.equal(resumed.ensure_images().pixels, calibrator.pool.pixels)
+
+
+@pytest.mark.parametrize("fate", ["refreshed", "gone"])
+def test_a_run_that_has_its_images_goes_on_without_the_other(tiny_vit, source, tmp_path, fate):
+    begun = make(tiny_vit, images_from=source, run_dir=tmp_path / "run")
+    before = begun.ensure_images().pixels.clone()
+    if fate == "gone":
+        shutil.rmtree(source)
+    else:
+        make(tiny_vit, num_images=6, held_back=3, synthesis=FAST, run_dir=source, run_mode="resume").refresh(steps=2)
+    resumed = make(tiny_vit, images_from=source, run_dir=tmp_path / "run", run_mode="resume")
+    assert torch.equal(resumed.ensure_images().pixels, before)
+
+
+def test_a_run_cannot_take_its_own_images(tiny_vit, source):
+    with pytest.raises(ConfigurationError, match="Choose another folder"):
+        make(tiny_vit, images_from=source, run_dir=source, run_mode="overwrite")
+    assert (source / "images.safetensors").is_file()
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -102,12 +128,13 @@ def test_images_that_change_in_the_meantime_are_refused(tiny_vit, source, tmp_pa
         calibrator.ensure_images()
 
 
-def test_damaged_images_are_refused(tiny_vit, source):
-    content = bytearray((source / "images.safetensors").read_bytes())
-    content[-1] ^= 1
-    (source / "images.safetensors").write_bytes(content)
-    with pytest.raises(DamagedFileError, match="checksum"):
-        make(tiny_vit, images_from=source).ensure_images()
+@pytest.mark.parametrize("name", ["images.safetensors", "held_back.safetensors"])
+def test_damaged_images_are_refused(tiny_vit, source, name):
+    damage(source / name)
+    calibrator = make(tiny_vit, images_from=source)
+    for _ in range(2):  # also when it is tried again
+        with pytest.raises(DamagedFileError, match="checksum"):
+            calibrator.calibrate()
 
 
 def test_other_images_make_another_run(tiny_vit, source, tmp_path):
@@ -132,16 +159,28 @@ def test_command_line(tmp_path, capsys):
     assert cli.main([*told, "--resume"]) == 0
     assert cli.main([*told, "--overwrite", "--images", "8"]) != 0
     assert "num_images: 4 -> 8" in capsys.readouterr().err
+    assert cli.main([*told[:-1], str(first), "--overwrite"]) != 0
+    assert "Choose another folder" in capsys.readouterr().err
     shutil.rmtree(first)
+    assert cli.main([*told, "--resume"]) == 0
     assert cli.main(["evaluate", str(second), "--eval-limit", "10", "--quiet"]) == 0
     assert json.loads((second / "run.json").read_text())["identity"]["images_from"]
 
 
-def test_options_of_the_effort_stay(tmp_path):
+def test_command_line_takes_the_images_of_a_run_made_in_python(digits_vit, tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "run"
+    make(digits_vit, num_images=6, held_back=3, synthesis=FAST, run_dir=source).ensure_images()
+    common = ["--no-export", "--no-baselines", "--eval-limit", "10", "--quiet"]
+    assert cli.main(["quantize", "digits_vit", "--images-from", str(source), *common, "--out", str(out)]) == 0
+    assert (out / "held_back.safetensors").read_bytes() == (source / "held_back.safetensors").read_bytes()
+    assert cli.main(["evaluate", str(out), "--eval-limit", "10", "--quiet"]) == 0
+
+
+def test_options_of_the_effort_stay(tiny_vit, tmp_path):
     """What says how images are made comes from the other run, what says how to tune does not."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("model: digits_vit\nimages: 7\nsteps: 3\nepochs: 99\n")
-    options = parse("quantize", ["digits_vit", "--effort", "best", "--images-from", str(run)])
+    make(tiny_vit, num_images=7, synthesis=FAST, run_dir=tmp_path / "run")
+    options = parse("quantize", ["digits_vit", "--effort", "best", "--images-from", str(tmp_path / "run")])
     usual = parse("quantize", ["digits_vit", "--effort", "best"])
-    assert (options.images, options.steps, options.epochs) == (7, 3, usual.epochs)
+    assert (options.images, options.steps, options.batch_size) == (7, FAST.steps, FAST.batch_size)
+    assert vars(options)["synthesis.procedural_share"] == 0
+    assert (options.epochs, options.tune) == (usual.epochs, "distill")

@@ -19,7 +19,7 @@ from maskaq_brevitas.run_directory import differences
 from maskaq_brevitas.run_directory import fingerprint
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 
-__all__ = ["ImagesOfRun"]
+__all__ = ["ImagesOfRun", "images_of"]
 
 
 class ImagesOfRun:
@@ -27,6 +27,7 @@ class ImagesOfRun:
 
     Args:
         path: of the run.
+        resumed: it is the run that goes on, and has its images already: they count as those that it began with.
 
     Attributes:
         num_images, held_back, synthesis: what the run was made with.
@@ -36,7 +37,7 @@ class ImagesOfRun:
         RunDirectoryError: if ``path`` holds no run, or one whose images are not finished.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, resumed: bool = False):
         self.path = Path(path)
         self._identity: dict[str, Any] = RunDirectory.read_identity(path)
         try:
@@ -54,6 +55,8 @@ class ImagesOfRun:
                     "--resume, or make images here."
                 )
         self.digest = [saved_digest(file) for file in self._files]
+        if resumed:
+            self.digest = list(self._identity.get("images_from", self.digest))
 
     def check(self, float_model: nn.Module, *, num_images: int, held_back: int, synthesis: SynthesisConfig) -> None:
         """Whether a run of these settings would have these images.
@@ -77,13 +80,33 @@ class ImagesOfRun:
             )
 
     def load(self, pool: SyntheticImages, held_back: SyntheticImages | None) -> None:
-        """Fill both pools.
+        """Fill both pools, the main one last, because its version says that both are whole.
 
         Raises:
             DamagedFileError: if a file is missing, damaged, or has changed since this object was made.
         """
-        if [saved_digest(file) for file in self._files] != self.digest:
-            raise DamagedFileError(f"The images of {self.path} were replaced in the meantime. Start this run again.")
-        for file, images in zip(self._files, (pool, held_back), strict=False):
+        files = dict(zip((pool, held_back), self._files, strict=False))
+        for images in (held_back, pool):
             if images is not None:
-                images.load(file)
+                images.load(files[images])
+        if [saved_digest(file) for file in self._files] != self.digest:
+            pool.version = 0
+            raise DamagedFileError(f"The images of {self.path} were replaced in the meantime. Start this run again.")
+
+
+def images_of(source: str | Path | ImagesOfRun | None, run_dir: str | Path | None, mode: str) -> ImagesOfRun | None:
+    """The images of ``source``, or of the run itself if it is resumed and has taken them already.
+
+    Raises:
+        ConfigurationError: if a run is to be overwritten, or begun, where its images come from.
+        RunDirectoryError: as :class:`ImagesOfRun`.
+    """
+    if source is None or isinstance(source, ImagesOfRun):
+        return source
+    if run_dir is not None and mode == "resume" and (Path(run_dir) / "images.safetensors").is_file():
+        return ImagesOfRun(run_dir, resumed=True)
+    if run_dir is not None and Path(run_dir).resolve() == Path(source).resolve():
+        raise ConfigurationError(
+            f"{source} is to give its images and to become this run. Choose another folder for one of them."
+        )
+    return ImagesOfRun(source)

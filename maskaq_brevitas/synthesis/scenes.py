@@ -29,6 +29,8 @@ _TYPICAL_CONTRAST = 0.42
 def scene_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """Scenes as shares between black (0) and white (1), drawn on all of torch's threads, one image on each.
 
+    A thread of the caller's that uses torch for the first time meanwhile gets one thread of torch's, as these have.
+
     Each is a texture (:mod:`maskaq_brevitas.synthesis.textures`), often with up to 14 parts on it: blobs, spots or
     plain shapes with a texture, a shade and a highlight of their own. Falling light, blur, noise or lack of colour may
     lie over all.

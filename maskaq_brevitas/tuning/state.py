@@ -24,8 +24,10 @@ def put_state(part: nn.Module, state: Mapping[str, Tensor]) -> None:
     Brevitas makes each quantizer anew when it loads one, on the CPU.
     """
     device = next(part.parameters()).device
-    part.load_state_dict(dict(state))
-    part.to(device)
+    try:
+        part.load_state_dict(dict(state))
+    finally:
+        part.to(device)
 
 
 def load_quant_state(quant_model: nn.Module, state: Mapping[str, Tensor]) -> None:

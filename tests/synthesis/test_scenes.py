@@ -33,3 +33,15 @@ def test_contrast_is_that_of_photographs():
     deviations = scene_images((64, 3, 64, 64), generator()).flatten(1).std(dim=1)
     assert 0.1 < deviations.median() < 0.3
     assert deviations.max() < 0.5
+
+
+def test_number_of_threads_changes_nothing():
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(scene_images((5, 3, 48, 40), generator()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -347,3 +347,42 @@ def test_quantized_weights_learn_in_units_of_their_grid(tiny_vit, quant_model, i
     distiller.train_epoch([images], _generator())
     # Adam's first step is its rate.
     assert float((layer.weight - before).abs().median()) == pytest.approx(0.01 * step, rel=1e-2)
+
+
+def test_light_augmentation_cuts_a_large_part_out_of_each_image():
+    # The image is its own coordinates, so what is seen tells where it was cut.
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 40), torch.linspace(-1, 1, 60), indexing="ij")
+    images = torch.stack([columns, rows])[None].expand(64, 2, 40, 60)
+    found = augment(images, "light", _generator())
+    assert found.shape == images.shape
+    assert float(found.abs().max()) <= 1 + 1e-5
+    across = (found[:, 0, :, -1] - found[:, 0, :, 0]).mean(dim=1) / 2
+    down = (found[:, 1, -1] - found[:, 1, 0]).mean(dim=1) / 2
+    assert 0.66 < float((across * down).min()) < 0.75 and float((across * down).max()) > 0.95
+    assert float((across / down).min()) > 0.87 and float((across / down).max()) < 1.14
+    assert len({round(float(image.mean()), 3) for image in found[:, 0]}) > 32  # in different places
+
+
+def test_scales_move_by_the_gradient_of_their_logarithm(tiny_vit, quant_model, images):
+    """Two steps of plain gradient descent, against the same by hand."""
+    seen = []
+
+    def factory(groups):
+        return torch.optim.SGD([{**group, "lr": 0.0} for group in groups[:-1]] + [{**groups[-1], "lr": 0.0}])
+
+    distiller = _distiller(tiny_vit, quant_model, factory=factory, learning_rate=1e-9, final_learning_rate=1e-9,
+                           scale_learning_rate=1e-3, max_gradient_norm=None)  # fmt: skip
+    before = [scale.detach().clone() for scale, _ in distiller.scales]
+    step = distiller.optimizer.step
+
+    def noted(*arguments, **named):
+        seen.append([(scale.grad.clone(), logarithm.grad.clone()) for scale, logarithm in distiller.scales])
+        return step(*arguments, **named)
+
+    distiller.optimizer.step = noted
+    distiller.train_epoch([images], _generator())
+    rate = distiller.optimizer.param_groups[-1]["lr"]
+    for (scale, logarithm), old, (of_scale, of_logarithm) in zip(distiller.scales, before, seen[0], strict=True):
+        assert torch.allclose(of_logarithm, of_scale * old)
+        assert torch.allclose(scale, old * (-rate * of_logarithm).clamp(-0.2, 0.2).exp())
+        assert not logarithm.any()
