@@ -97,7 +97,7 @@ class SkippedLayerWarning(MaskAQWarning):
 
 
 class CompilationWarning(MaskAQWarning):
-    """``torch.compile`` failed; the run goes on without it, more slowly."""
+    """``torch.compile`` failed, or the quantizers have no fast form; the run goes on without it, more slowly."""
 
 
 class MemoryWarning(MaskAQWarning):

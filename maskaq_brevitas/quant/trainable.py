@@ -55,6 +55,7 @@ class LearnedQuantize(nn.Module):
     """
 
     value: nn.Parameter
+    divisor: Tensor
     zero_point: Tensor | None
     pivot: Tensor | None
 
@@ -67,8 +68,9 @@ class LearnedQuantize(nn.Module):
         self.value = impls[0].value
         self.shape = tuple(scale.shape)
         self.low, self.high = integer_bounds(proxy)
-        # Brevitas keeps the largest value of the range and divides it by a power of two, or by one less.
-        self.divisor = float((self.value.detach().flatten()[0] / scale.detach().flatten()[0]).round())
+        # Brevitas keeps the largest value of the range and divides it by a power of two, or by one less. By a tensor:
+        # a GPU divides by a plain number with other last bits.
+        self.register_buffer("divisor", (self.value.detach().flatten()[0] / scale.detach().flatten()[0]).round())
         # Some Brevitas quantizers pass gradients on beyond the range.
         self.clamps_through = any(isinstance(part, TensorClampSte) for part in proxy.modules())
         zero_point = proxy.zero_point()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.errors import CompilationWarning
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.errors import TuningError
@@ -235,7 +237,11 @@ class Distiller:
         """What computes the quant and the float model's outputs, compiled if that pays."""
         try:
             network = training_twin(self.quant_model)
-        except ModelError:  # a user's own quantizers: Brevitas itself computes them
+        except ModelError as error:  # a user's own quantizers, say
+            warnings.warn(
+                f"Brevitas' own code is tuned, slowly and without moving the shifts of channels, because {error}",
+                CompilationWarning, stacklevel=2,
+            )  # fmt: skip
             return self.quant_model, self.float_snapshot
         if self.config.scale_learning_rate > 0:
             set_pivots(network, self.quant_model)
