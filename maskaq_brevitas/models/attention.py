@@ -76,8 +76,7 @@ class ExplicitAttention(nn.Module):
 
     Shapes: ``query`` sees ``(batch, heads, queries, head_dim)``, ``key`` and ``value`` ``(batch, heads, keys,
     head_dim)``; ``logits``, ``attention`` (behind the softmax) and ``probabilities`` see ``(batch, heads, queries,
-    keys)``, ``context`` ``(batch, heads, queries, head_dim)``, ``joined`` the heads side by side, ``(batch, queries,
-    channels)``. Where attention stays inside windows, ``batch`` counts
+    keys)``, ``context`` ``(batch, heads, queries, head_dim)``. Where attention stays inside windows, ``batch`` counts
     windows: all of the first image, then all of the second. ``logits``, ``attention`` and ``context`` are taps. The
     logits are ``scale * q k^T``, before any position bias or mask: the scale sits on q.
 
@@ -88,13 +87,11 @@ class ExplicitAttention(nn.Module):
         scale: a number, or one per head, ``(heads, 1, 1)``.
         mixes_probabilities: whether the second operand of the context is a mixture of softmax outputs, of any sign.
         unsigned_layers: names of linear children whose input is a softmax output.
-        projection: name of the linear child that reads what :meth:`attend` gives; ``None`` if something else does.
     """
 
     scale: float | Tensor
     mixes_probabilities: ClassVar[bool] = False
     unsigned_layers: ClassVar[tuple[str, ...]] = ()
-    projection: str | None = "proj"
 
     def __init__(self, source: nn.Module, num_heads: int | None = None):
         super().__init__()
@@ -112,7 +109,6 @@ class ExplicitAttention(nn.Module):
         self.probabilities = nn.Identity()
         self.attn_drop = nn.Identity() if attn_drop is None else attn_drop
         self.context = Tap()
-        self.joined = nn.Identity()
         self.train(self.training)
 
     def heads(self, x: Tensor, parts: int = 1) -> Tensor:
@@ -138,8 +134,7 @@ class ExplicitAttention(nn.Module):
             logits = logits + bias
         attention = self.mix_probabilities(self.attention(self.softmax(logits)))
         context = self.context(self.attn_drop(self.probabilities(attention)) @ v)
-        joined: Tensor = self.joined(context.transpose(1, 2).flatten(2))
-        return joined
+        return context.transpose(1, 2).flatten(2)
 
     def mix_logits(self, logits: Tensor) -> Tensor:
         """What happens to the logits before biases are added; nothing in most families."""

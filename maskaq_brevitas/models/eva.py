@@ -49,8 +49,6 @@ class ExplicitRopeAttention(ExplicitAttention):
         self.gate = getattr(source, "gate", None)
         self.proj = source.proj
         self.proj_drop = source.proj_drop
-        if self.gate is not None or type(self.norm) is not nn.Identity:
-            self.projection = None
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False

@@ -262,14 +262,9 @@ def _plain_form(module: nn.Module) -> nn.Module:
 
 
 def channel_places(model: nn.Module) -> list[ChannelPlace]:
-    """Where activation ranges can be equalised: LayerNorms in front of linear layers, hidden units of MLPs, and what
-    attention gives to its projection (where attention is written out, and nothing stands between).
-    """
+    """Where activation ranges can be equalised: LayerNorms in front of linear layers, and hidden units of MLPs."""
     places = []
     for name, module in model.named_modules():
-        projection = module.projection if isinstance(module, ExplicitAttention) else None
-        if projection is not None and isinstance(getattr(module, projection), nn.Linear):
-            places.append(ChannelPlace(None, f"{name}.joined", (f"{name}.{projection}",), context=True))
         for family in known_families():
             if type(module) in (*family.blocks, *family.other_places):
                 found = family.places(name, module)

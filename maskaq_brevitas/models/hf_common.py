@@ -43,8 +43,6 @@ class ExplicitHFAttention(ExplicitAttention):
     The attention function that the configuration names (``sdpa``, ``eager`` ...) is not called.
     """
 
-    projection = "o_proj"
-
     def __init__(self, source: Any):
         super().__init__(source, source.num_attention_heads)
         self.scale = source.scaling

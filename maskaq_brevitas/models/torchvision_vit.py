@@ -29,8 +29,6 @@ class ExplicitMultiheadAttention(ExplicitAttention):
     ``in_proj_weight`` and ``in_proj_bias``.
     """
 
-    projection = "out_proj"
-
     def __init__(self, source: Any):
         super().__init__(source)
         if source.bias_k is not None or source.bias_v is not None or source.add_zero_attn:

@@ -40,8 +40,6 @@ class ExplicitViTAttention(ExplicitAttention):
         self.gate = getattr(source, "gate", None)
         self.proj = source.proj
         self.proj_drop = source.proj_drop
-        if self.gate is not None or type(self.norm) is not nn.Identity:
-            self.projection = None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         gate = self.gate(x).sigmoid() if self.gate is not None else None

@@ -112,7 +112,6 @@ def equalize(quant_model: nn.Module, batches: Iterable[Tensor]) -> list[Equalize
             place.consumers[0]: place
             for place in places
             if has_channel_scales(quant_model.get_submodule(place.consumers[0]).input_quant) == per_channel
-            and (per_channel or not place.context)
         }
         # A layer that the model bypasses has no rows; calibration names it.
         rows = collect_rows(quant_model, chosen, batches, count) if chosen or not places else {}
@@ -278,7 +277,7 @@ def _centre_place(quant_model: nn.Module, place: ChannelPlace, rows: Tensor) -> 
     low, high, middle = rows.amin(dim=0), rows.amax(dim=0), rows.median(dim=0).values
     before = output_error(torch.zeros_like(low), (rows.abs().amax(dim=0) / top).clamp_min(1e-12))
     # An activation function bounds its output below, so only its upper end can be cut, or lie further out elsewhere.
-    is_bounded = place.norm is None and place.bounded and not place.context
+    is_bounded = place.norm is None and place.bounded
     least, lows, widths = None, low, high - low
     for share in _CLIPS:
         bottom = low if is_bounded else middle + (low - middle) * share

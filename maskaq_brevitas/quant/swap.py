@@ -26,7 +26,6 @@ from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.errors import SkippedLayerWarning
 from maskaq_brevitas.models.attention import ChannelAffine
-from maskaq_brevitas.models.families import ChannelPlace
 from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.families import channel_places
 from maskaq_brevitas.models.families import classifier_layers
@@ -160,13 +159,11 @@ def swap_layers(
     write_out(quant_model)
     asymmetric = layers_behind_activation(quant_model) if scheme.gelu == "asymmetric" else set()
     unsigned = set()
-    per_channel = scheme.input_scales == "channel"
-    movable = [place for place in channel_places(quant_model) if per_channel or not place.context]
-    uneven = {name for place in movable for name in place.consumers}
+    uneven = {name for place in channel_places(quant_model) for name in place.consumers}
     if scheme.equalize:
         # Equalised channels are centred: a signed quantizer without zero point fits them.
         asymmetric -= uneven
-        _fill_slots(quant_model, movable)
+        _fill_slots(quant_model)
     places: list[QuantizedPlace] = []
     for name, module in attention_modules(quant_model).items():
         widths = {operand: plan[f"{name}.{operand}"].activation for operand in OPERANDS}
@@ -186,7 +183,7 @@ def swap_layers(
             continue
         kind: ValueKind = "asymmetric" if name in asymmetric else scheme.softmax if name in unsigned else "signed"
         channels = None
-        if isinstance(layer, nn.Linear) and name in uneven - asymmetric and per_channel:
+        if isinstance(layer, nn.Linear) and name in uneven - asymmetric and scheme.input_scales == "channel":
             channels = layer.in_features
         _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme, channels))
         title = "linear" if isinstance(layer, nn.Linear) else "convolution"
@@ -260,13 +257,13 @@ def _patch_tokens(model: nn.Module) -> str:
     return name
 
 
-def _fill_slots(model: nn.Module, places: Iterable[ChannelPlace]) -> None:
+def _fill_slots(model: nn.Module) -> None:
     """Make room for equalisation: an identity :class:`ChannelAffine` in every slot, a bias in every consumer.
 
     Each consumer also gets two buffers that bias correction fills: ``input_mean``, ``(in_features,)``, the mean of its
     quantized input, and ``bias_correction``, ``(out_features,)``, what is in its bias for the rounding of the weight.
     """
-    for place in places:
+    for place in channel_places(model):
         for name in place.consumers:
             layer = cast(nn.Linear, model.get_submodule(name))
             layer.register_buffer("input_mean", layer.weight.new_zeros(layer.in_features))

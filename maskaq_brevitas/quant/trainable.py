@@ -159,7 +159,7 @@ def set_pivots(twin: nn.Module, quant_model: nn.Module) -> None:
     lies seven steps away: a change of the scale would move it by seven times as much, in all channels at once, and what
     comes out of the layer with it. On ViT-Tiny at w4a4 the loss rises after 50 steps if scales learn like that. So a
     shift follows each scale, such that zero keeps its code behind an activation function, and the mean behind a
-    LayerNorm and behind attention.
+    LayerNorm.
 
     :func:`scales_turn` moves the shifts. A place that several layers read is left as it is: their scales differ.
 
@@ -176,13 +176,10 @@ def set_pivots(twin: nn.Module, quant_model: nn.Module) -> None:
             continue
         shifted: Tensor
         point: Tensor | None
-        if place.norm is not None:
-            shifted, point = cast(nn.LayerNorm, twin.get_submodule(place.norm)).bias, layer.input_mean
+        if place.norm is None:
+            shifted = point = cast(ChannelAffine, twin.get_submodule(place.slot or "")).offset
         else:
-            slot = twin.get_submodule(place.slot or "")
-            if not isinstance(slot, ChannelAffine):
-                continue  # channels are not shifted
-            shifted, point = slot.offset, layer.input_mean if place.context else slot.offset
+            shifted, point = cast(nn.LayerNorm, twin.get_submodule(place.norm)).bias, layer.input_mean
         if point is not None:
             quantizer.pivot = point.detach().clone().reshape(quantizer.shape)
             layer.shifted = (shifted,)  # in a tuple, or it would become a parameter of the layer
