@@ -129,12 +129,17 @@ def test_images_that_change_in_the_meantime_are_refused(tiny_vit, source, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["images.safetensors", "held_back.safetensors"])
-def test_damaged_images_are_refused(tiny_vit, source, name):
-    damage(source / name)
+def test_damaged_images_are_refused(tiny_vit, source, tmp_path, name):
     calibrator = make(tiny_vit, images_from=source)
+    make(tiny_vit, images_from=source, run_dir=tmp_path / "run").ensure_images()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    damage(source / name)
     for _ in range(2):  # also when it is tried again
         with pytest.raises(DamagedFileError, match="checksum"):
             calibrator.calibrate()
+    with pytest.raises(DamagedFileError, match="checksum"):
+        make(tiny_vit, images_from=source, run_dir=tmp_path / "run", run_mode="overwrite")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_other_images_make_another_run(tiny_vit, source, tmp_path):

@@ -52,7 +52,8 @@ class DistillConfig:
             (:func:`~maskaq_brevitas.tuning.losses.block_error`, mean over blocks); 0 leaves it out.
         include_prefix: whether prefix tokens (the class token) count in the context distance. On ``digits_vit`` at w4a4
             (64 images, 15 epochs, one seed) it changed top-1 by one test image of 599.
-        augment: ``"none"``; ``"light"`` (random resized crop of at least 70 % of the area); ``"published"`` (random
+        augment: ``"none"``; ``"light"`` (random resized crop of at least 70 % of the area); ``"mixed"`` (the
+            same, half of them mirrored, and in half of them a box of another); ``"published"`` (random
             resized crop, flip, colour jitter, grayscale, blur); ``"cutmix"`` (the same, then a box of each image is
             replaced by that of another: the teacher labels what results). Measured on ViT-Tiny at w4a4 (56 synthetic
             images, 160 steps, bfloat16, one seed; agreement with the float model on crops of the photographs shipped
@@ -87,7 +88,7 @@ class DistillConfig:
     distance_weight: float = 10.0
     feature_weight: float = 0.0
     include_prefix: bool = False
-    augment: Literal["none", "light", "published", "cutmix"] = "cutmix"
+    augment: Literal["none", "light", "mixed", "published", "cutmix"] = "cutmix"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: Literal["auto", "always", "never"] = "auto"
 
@@ -125,7 +126,7 @@ class DistillConfig:
             )
         check_choice("refresh_start", self.refresh_start, ("images", "noise"))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        check_choice("augment", self.augment, ("none", "light", "published", "cutmix"))
+        check_choice("augment", self.augment, ("none", "light", "mixed", "published", "cutmix"))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_choice("compile", self.compile, ("auto", "always", "never"))
 

@@ -13,6 +13,7 @@ from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import DamagedFileError
 from maskaq_brevitas.errors import RunDirectoryError
+from maskaq_brevitas.files import load_tensors
 from maskaq_brevitas.files import saved_digest
 from maskaq_brevitas.run_directory import RunDirectory
 from maskaq_brevitas.run_directory import differences
@@ -35,6 +36,7 @@ class ImagesOfRun:
 
     Raises:
         RunDirectoryError: if ``path`` holds no run, or one whose images are not finished.
+        DamagedFileError: if their files are damaged.
     """
 
     def __init__(self, path: str | Path, *, resumed: bool = False):
@@ -54,6 +56,8 @@ class ImagesOfRun:
                     f"Expected the finished images of a run in {path}, found no {file.name}. Finish that run with "
                     "--resume, or make images here."
                 )
+            if not resumed:  # before anything is cleared for the run that takes them
+                load_tensors(file)
         self.digest = [saved_digest(file) for file in self._files]
         if resumed:
             self.digest = list(self._identity.get("images_from", self.digest))

@@ -429,8 +429,9 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, geometry: Geo
     if kind == "none":
         return images
     size = tuple(images.shape[-2:])
-    if kind == "light":
-        return _large_crops(images, generator)
+    if kind in ("light", "mixed"):
+        crops = _large_crops(images, generator)
+        return crops if kind == "light" else _mirrored_and_mixed(crops, generator)
     steps: list[nn.Module] = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     if images.shape[1] == 3:
         steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8), v2.RandomGrayscale(p=0.2)]
@@ -461,6 +462,20 @@ def _large_crops(images: Tensor, generator: torch.Generator) -> Tensor:
     lines[:, 1, 1], lines[:, 1, 2] = heights, (2 * down - 1) * (1 - heights)
     grid = F.affine_grid(lines.to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _mirrored_and_mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images mirrored, and in half of them a box with a share of up to all of the area of another one."""
+    count, height, width = len(images), *images.shape[-2:]
+    order = torch.randperm(count, generator=generator)
+    mirrored, mixed, area, across, down = torch.rand(5, count, 1, 1, 1, generator=generator)
+    side = area.clamp(0.05, 0.95).sqrt()
+    tall, wide = (side * height).round(), (side * width).round()
+    top, left = (down * (height - tall)).round(), (across * (width - wide)).round()
+    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
+    box = (rows >= top) & (rows < top + tall) & (columns >= left) & (columns < left + wide) & (mixed < 0.5)
+    images = torch.where((mirrored < 0.5).to(images.device), images.flip(-1), images)
+    return torch.where(box.to(images.device), images[order.to(images.device)], images)
 
 
 def _make_optimizer(groups: list[dict[str, Any]], config: DistillConfig) -> torch.optim.Optimizer:

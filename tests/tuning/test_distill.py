@@ -247,7 +247,7 @@ def _distiller_with(tiny_vit: nn.Module, quant_model: nn.Module, config: dict) -
     )
 
 
-@pytest.mark.parametrize("kind", ["none", "light", "published", "cutmix"])
+@pytest.mark.parametrize("kind", ["none", "light", "mixed", "published", "cutmix"])
 def test_augmentation_is_seeded_and_keeps_the_shape(images, kind):
     first = augment(images, kind, _generator())
     assert first.shape == images.shape
@@ -349,6 +349,27 @@ def test_quantized_weights_learn_in_units_of_their_grid(tiny_vit, quant_model, i
     distiller.train_epoch([images], _generator())
     # Adam's first step is its rate.
     assert float((layer.weight - before).abs().median()) == pytest.approx(0.01 * step, rel=1e-2)
+
+
+def test_mixed_augmentation_mirrors_half_and_puts_boxes_into_half():
+    """Image i is i everywhere but for a ramp to the right, which tells mirror images; a box tells the image it is of.
+    """
+    count = 64
+    ramp = torch.linspace(0, 0.5, 40).expand(3, 40, 40)
+    images = torch.arange(count).view(-1, 1, 1, 1) + ramp
+    found = augment(images, "mixed", _generator())
+    whole, ramps = found.floor(), found - found.floor()
+    own = torch.arange(count).view(-1, 1, 1)
+    assert torch.equal(found[:, 0], found[:, 1])
+    mixed = (whole[:, 0] != own).flatten(1).any(1)
+    assert 0.3 * count < mixed.sum() < 0.7 * count
+    for index in mixed.nonzero().flatten().tolist():
+        inside = whole[index, 0] != index
+        rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+        box = whole[index, 0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert (box == box[0, 0]).all()  # one rectangle of one other image
+    mirrored = (ramps[~mixed][:, 0, :, -1] < ramps[~mixed][:, 0, :, 0]).all(1)
+    assert 0.2 * len(mirrored) < mirrored.sum() < 0.8 * len(mirrored)
 
 
 def test_light_augmentation_cuts_a_large_part_out_of_each_image():
