@@ -32,7 +32,13 @@ class Effort:
 
 
 def _distillation(**values: Any) -> DistillConfig:
-    """Distillation of block outputs on half of the patch tokens; weights move in units of their own grid."""
+    """Distillation of block outputs on half of the patch tokens; weights move in units of their own grid.
+
+    ViT-Tiny at w4a4 with all tokens, 120 steps on 256 images, KL divergence on crops of photographs (1.35 before; one
+    run each, differences below 0.1 say nothing): a ``scale_learning_rate`` of 1e-3, 5e-3, 1e-2 and 2e-2 gives 1.11,
+    0.89, 1.02 and 1.14. On 48 images, ``augment`` as ``light``, ``mixed`` and ``cutmix``: 1.10, 1.04 and 1.01 (on 768,
+    ``mixed`` 1.11).
+    """
     return DistillConfig(
         steps_per_epoch=50, refresh_every=None, distance_weight=0.0, feature_weight=1.0, temperature=2.0,
         kept_tokens=0.5,
