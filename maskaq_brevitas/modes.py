@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 
-__all__ = ["kept_random_states", "own_modes", "seeded"]
+__all__ = ["arithmetic", "kept_random_states", "own_modes", "seeded"]
 
 
 @contextmanager
@@ -25,6 +25,17 @@ def own_modes() -> Iterator[None]:
         torch.autocast("cuda", enabled=False),
     ):
         yield
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.autocast:
+    """Inside, networks on ``device`` compute in ``"float32"`` or ``"bfloat16"`` (autocast); parameters keep their type.
+
+    Without autocast's cache of casts, which it keeps until the *outermost* autocast ends. That may be the one of
+    :func:`own_modes`, after many steps of training: all of them would see the biases of the first.
+    """
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False
+    )
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.token_choice import TokenChoice
 from maskaq_brevitas.models.token_choice import token_choice
+from maskaq_brevitas.modes import arithmetic
 from maskaq_brevitas.synthesis import augment
 from maskaq_brevitas.synthesis import masks
 from maskaq_brevitas.synthesis import memory
@@ -34,7 +35,6 @@ from maskaq_brevitas.synthesis.tokens import KeptTokens
 __all__ = [
     "Gradient",
     "Networks",
-    "autocast",
     "informative",
     "networks",
     "objective_gradient",
@@ -263,7 +263,7 @@ def _terms(
         both.choice.indices = tokens.tokens(draws.down, draws.right, draws.flipped)[part].to(x.device)
     patches = tokens.places.shape[1]
     terms: dict[str, tuple[float, Tensor]] = {}
-    with autocast(config, x.device):
+    with arithmetic(config.precision, x.device):
         logits = both.float_snapshot(x)
         quant_logits = None if both.quant_snapshot is None else both.quant_snapshot(x)
     if config.class_weight > 0 and geometry.num_classes > 0:
@@ -350,7 +350,3 @@ def tap_points(config: SynthesisConfig) -> tuple[TapPoint, ...]:
     kinds = (config.head_attention, config.entropy_attention, config.align_attention, config.mask_attention)
     points: list[TapPoint] = ["probabilities"] if "probabilities" in kinds else []
     return (*points, "logits") if any(kind != "probabilities" for kind in kinds) else tuple(points)
-
-
-def autocast(config: SynthesisConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from maskaq_brevitas.modes import arithmetic
+
 __all__ = ["auto_batch_size", "fitting", "graph_bytes", "is_out_of_memory", "parts"]
 
 #: Without a limit by the user, on a CPU: ViT-Tiny at 224 pixels passes in parts of 8 images, which is as fast as 16.
@@ -39,7 +41,7 @@ def _kept(model: nn.Module, images: Tensor, precision: str) -> int:
     with (
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+        arithmetic(precision, images.device),
     ):
         model(images.detach().requires_grad_(True))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -18,11 +18,11 @@ from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import SynthesisError
 from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.modes import arithmetic
 from maskaq_brevitas.synthesis import augment
 from maskaq_brevitas.synthesis import masks
 from maskaq_brevitas.synthesis import objectives
 from maskaq_brevitas.synthesis.iteration import Gradient
-from maskaq_brevitas.synthesis.iteration import autocast
 from maskaq_brevitas.synthesis.iteration import informative
 from maskaq_brevitas.synthesis.iteration import networks
 from maskaq_brevitas.synthesis.iteration import objective_gradient
@@ -164,7 +164,7 @@ def seen_by(
     Returns:
         Outputs ``(batch, outputs)`` and mask ``(batch, patches)``, boolean; both on the CPU.
     """
-    with attention_tap(float_snapshot, *tap_points(config)) as seen, autocast(config, images.device):
+    with attention_tap(float_snapshot, *tap_points(config)) as seen, arithmetic(config.precision, images.device):
         outputs = float_snapshot(images)
         rows = received(seen, config.mask_attention, geometry, float_snapshot)
     return outputs.float().cpu(), masks.informative_mask(rows.mean(dim=0), config.mask_end).cpu()

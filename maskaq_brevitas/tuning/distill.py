@@ -40,6 +40,7 @@ from maskaq_brevitas.models.token_choice import TokenChoice
 from maskaq_brevitas.models.token_choice import draw_tokens
 from maskaq_brevitas.models.token_choice import patch_count
 from maskaq_brevitas.models.token_choice import token_choice
+from maskaq_brevitas.modes import arithmetic
 from maskaq_brevitas.modes import seeded
 from maskaq_brevitas.quant.trainable import biases_follow
 from maskaq_brevitas.quant.trainable import compile_blocks
@@ -273,10 +274,7 @@ class Distiller:
 
     def _losses(self, images: Tensor, taps: _Taps) -> list[Tensor]:
         """Total, divergence, distance and feature error on ``images``."""
-        # Autocast keeps its casts of parameters until the outermost autocast ends. That may be the one of own_modes(),
-        # after many steps: all of them would see the biases of the first.
-        half = self.config.precision == "bfloat16"
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half, cache_enabled=False):
+        with arithmetic(self.config.precision, images.device):
             with torch.no_grad():
                 float_logits = self.teacher(images)
             quant_logits = read_logits(self.quant_model, self.network(images))
