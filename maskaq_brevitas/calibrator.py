@@ -220,6 +220,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self._quant_model = quant_model.to(self.device)
         self._larger_model = self._in_place(self._quant_model) if larger is None else larger.to(self.device)
         self.equalized: list[EqualizedPlace] = []
+        # Version of the pool, and what calibration on it gave.
+        self._before_tuning: tuple[int, nn.Module] | None = None
         self.range_factors: dict[str, float] = {}
         self.allocated: dict[str, str] = {}
         self.stages: list[dict[str, Any]] = []
@@ -377,6 +379,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         found = load_checkpoint(self.run) if self.run is not None else None
         if found is None:
             self.calibrate()
+            if self._owns_quant_model:
+                self._before_tuning = self.pool.version, self._snapshot()
         else:
             load_quant_state(self._quant_model, found.tensors["model"])
             self.history = found.note["history"]
@@ -451,19 +455,22 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             yield epoch
 
     @own_modes()
-    def calibrated_on(self, images: Tensor) -> nn.Module:
+    def calibrated_on(self, images: Tensor | None = None) -> nn.Module:
         """A fresh quant model with the same quantizers, calibrated in the same way on other images, and frozen.
 
-        This is the row to compare with: noise, or real images where there are some.
+        This is the row to compare with: noise, real images where there are some, or what tuning began with.
 
         Args:
-            images: normalised, ``(images, channels, height, width)``.
+            images: normalised, ``(images, channels, height, width)``; ``None``: the synthetic ones as they are now.
 
         Raises:
             ConfigurationError: if the quant model was given: it cannot be made afresh.
         """
         if not self._owns_quant_model:
             raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
+        if images is None and self._before_tuning is not None and self._before_tuning[0] == self.pool.version:
+            return self._in_place(self._before_tuning[1])
+        images = self.ensure_images().images() if images is None else images
         quant_model = self._swapped(self.scheme, {**self.allocated, **self.overrides})
         self._calibrated(quant_model, list(images.to(self.device).split(self.batch_size or 16)))
         return self._in_place(frozen_snapshot(quant_model, self.geometry.input_size))

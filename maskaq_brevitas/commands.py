@@ -369,18 +369,17 @@ def _compared_rows(
 ) -> list[AccuracyRow]:
     """The same quantizers, calibrated in the same way, on noise, on the synthetic and on real images."""
     count = options.images
-    synthetic = calibrator.pool.images()
     rows = []
 
-    def calibrated_row(name: str, images: Tensor) -> AccuracyRow:
-        return _row(f"calibrated on {name}", calibrator.calibrated_on(images), data, options, len(images))
+    def calibrated_row(name: str, images: Tensor | None) -> AccuracyRow:
+        return _row(f"calibrated on {name}", calibrator.calibrated_on(images), data, options, count)
 
     if not options.no_baselines:
         rows.append(calibrated_row("Gaussian noise", _noise(calibrator, count, options.seed)))
     if not calibrator.tuning:
         rows.append(_row("calibrated on synthetic images", calibrator.freeze(), data, options, count))
     else:
-        rows.append(calibrated_row("synthetic images", synthetic))
+        rows.append(calibrated_row("synthetic images", None))
         rows.append(_row("tuned on synthetic images", calibrator.freeze(), data, options, count))
     if real is not None:
         split = "real training images" if options.calibration_data is None else "real images"

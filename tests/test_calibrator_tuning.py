@@ -125,6 +125,21 @@ def test_images_drawn_for_the_tuning_are_the_same_after_a_resume(tmp_path, monke
     assert [[image.numpy().tobytes() in pool for image in batch] for batch in seen] == [[True, True, False, False]] * 3
 
 
+def test_what_tuning_began_with_is_kept_until_the_images_change(tiny_vit, monkeypatch):
+    calibrator = make_calibrator(tiny_vit, held_back=None)
+    calibrator.quantize(replace(TUNING, refresh_every=None))
+    images = calibrator.pool.images()
+    again = calibrator.calibrated_on(images)
+    counted, calibrate = [], calibrator._calibrated
+    monkeypatch.setattr(calibrator, "_calibrated", lambda *given: counted.append(1) or calibrate(*given))
+    kept = calibrator.calibrated_on()
+    assert not counted and torch.equal(kept(images), again(images))
+    assert not torch.equal(kept(images), calibrator.freeze()(images))
+    calibrator.refresh(steps=1)
+    calibrator.calibrated_on()
+    assert counted
+
+
 def test_an_error_in_the_middle_of_a_refresh_leaves_the_pool_whole(tiny_vit, tmp_path, monkeypatch):
     whole = make_calibrator(tiny_vit, run_dir=tmp_path / "whole")
     whole.quantize(TUNING)
