@@ -126,7 +126,7 @@ def test_images_drawn_for_the_tuning_are_the_same_after_a_resume(tmp_path, monke
 
 
 def test_what_tuning_began_with_is_kept_until_the_images_change(tiny_vit, monkeypatch):
-    calibrator = make_calibrator(tiny_vit, held_back=None)
+    calibrator = make_calibrator(tiny_vit, held_back=0)
     calibrator.quantize(replace(TUNING, refresh_every=None))
     images = calibrator.pool.images()
     again = calibrator.calibrated_on(images)
