@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import nn
 
 from maskaq_brevitas.calibrator import DataFreeCalibrator
+from maskaq_brevitas.config import EFFORTS
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import SynthesisConfig
@@ -43,6 +44,7 @@ from maskaq_brevitas.export.process import require
 from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import known_families
 from maskaq_brevitas.models.geometry import read_geometry
+from maskaq_brevitas.models.token_choice import why_all_tokens
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL
 from maskaq_brevitas.models.zoo import load_model
 from maskaq_brevitas.options import read_saved
@@ -97,7 +99,8 @@ def quantize(options: Namespace) -> None:
     model = load_model(options.model, checkpoint=options.checkpoint)
     if automatic:
         options.batch_size = _fitting_batch(model, calibration["device"])
-        calibration = _calibrator_options(options)
+    _fit_effort(options, model)
+    calibration = _calibrator_options(options)
     calibration["images_from"] = images_of(calibration["images_from"], out, mode)
     calibrator = DataFreeCalibrator(model, **calibration)
     if mode == "resume" and out.is_dir():
@@ -308,6 +311,13 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
         device=_device(options.device),
         progress=not options.quiet,
     )
+
+
+def _fit_effort(options: Namespace, model: nn.Module) -> None:
+    """Where the model needs all tokens, an effort's share of them does not hold; one that the user names is refused."""
+    usual = EFFORTS[options.effort].tuning
+    if usual is not None and vars(options)["tuning.kept_tokens"] == usual.kept_tokens and why_all_tokens(model):
+        vars(options)["tuning.kept_tokens"] = 1.0
 
 
 def _fitting_batch(model: nn.Module, device: torch.device) -> int:

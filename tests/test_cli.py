@@ -1,5 +1,6 @@
 """The console script, in process: main job, bad input, round trips, interruption."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,14 +14,17 @@ import yaml
 from PIL import Image
 
 from maskaq_brevitas import cli
+from maskaq_brevitas import commands
 from maskaq_brevitas.config import EFFORTS
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.export import FORMATS
+from maskaq_brevitas.models.swin import SWIN
 from maskaq_brevitas.options import parse
 from maskaq_brevitas.options import to_yaml
+from maskaq_brevitas.support import small_model
 from maskaq_brevitas.synthesis import maker
 
 TINY = ["--images", "4", "--batch-size", "4", "--steps", "2", "--eval-limit", "20", "--quiet"]
@@ -95,6 +99,20 @@ def test_an_effort_sets_defaults_and_what_is_said_still_counts(tmp_path):
     assert {**vars(again), "config": None} == {**vars(options), "config": None}
     plain = parse("quantize", ["digits_vit"])
     assert (plain.effort, plain.tune, plain.images) == ("fast", "none", EFFORTS["fast"].num_images)
+
+
+def test_an_effort_fits_a_model_that_needs_all_tokens(tmp_path, capsys, monkeypatch):
+    swin = small_model(SWIN, "swin_tiny_patch4_window7_224")
+    monkeypatch.setattr(commands, "load_model", lambda *_names, **_options: copy.deepcopy(swin))
+    told = [
+        "quantize", "swin", "--effort", "best", *SHORT, "--epochs", "1", "--tuning.steps_per_epoch", "1",
+        "--tuning.batch_size", "2", "--tuning.drawn_images", "2", "--out",
+    ]  # fmt: skip
+    assert cli.main([*told, str(tmp_path / "run")]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["tuning"]["kept_tokens"] == 1
+    assert cli.main([*told, str(tmp_path / "run"), "--resume"]) == 0
+    assert cli.main([*told, str(tmp_path / "other"), "--tuning.kept_tokens", "0.25"]) != 0
+    assert "No tokens of SwinTransformer can be left out" in capsys.readouterr().err
 
 
 def test_target_finn_sets_scheme_and_format():
