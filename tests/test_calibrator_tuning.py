@@ -140,6 +140,37 @@ def test_what_tuning_began_with_is_kept_until_the_images_change(tiny_vit, monkey
     assert counted
 
 
+def test_images_drawn_for_the_tuning_are_drawn_again(tmp_path, monkeypatch):
+    """Epochs 0 and 1 see one set of drawn images, 2 and 3 another; a run resumed before epoch 3 sees the same."""
+    tuning = replace(
+        TUNING, epochs=4, drawn_images=4, redraw_every=2, steps_per_epoch=2, refresh_every=None, augment="none"
+    )  # fmt: skip
+    train, seen = Distiller.train_epoch, []
+
+    def noted(self, batches, *rest, **options):
+        found: list[torch.Tensor] = []
+        losses = train(self, (found.append(batch) or batch for batch in batches), *rest, **options)
+        seen.append({image.numpy().tobytes() for batch in found for image in batch[2:]})
+        return losses
+
+    monkeypatch.setattr(Distiller, "train_epoch", noted)
+    make_calibrator(small_vit(), run_dir=tmp_path / "whole").quantize(tuning)
+    assert [len(images) for images in seen] == [4, 4, 4, 4]
+    assert seen[0] == seen[1] and seen[2] == seen[3] and not seen[0] & seen[2]
+
+    def interrupted(self, *given, **options):
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        return noted(self, *given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Distiller, "train_epoch", interrupted)
+        make_calibrator(small_vit(), run_dir=tmp_path / "killed").quantize(tuning)
+    make_calibrator(small_vit(), run_dir=tmp_path / "killed", run_mode="resume").quantize(tuning)
+    assert len(seen) == 8 and seen[7] == seen[3]
+    assert _results(tmp_path / "killed") == _results(tmp_path / "whole")
+
+
 def test_an_error_in_the_middle_of_a_refresh_leaves_the_pool_whole(tiny_vit, tmp_path, monkeypatch):
     whole = make_calibrator(tiny_vit, run_dir=tmp_path / "whole")
     whole.quantize(TUNING)

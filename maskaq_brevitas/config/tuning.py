@@ -29,6 +29,8 @@ class DistillConfig:
         steps_per_epoch: steps of an epoch; ``None`` means one pass over the pool.
         drawn_images: further images that are drawn for the tuning alone (:mod:`maskaq_brevitas.synthesis.scenes`),
             about 90 ms each at 224 pixels; half of each batch is of them.
+        redraw_every: epochs after which others are drawn in their place; ``None``: the same to the end. Pays where many
+            CPU threads wait for a GPU.
         refresh_every: epochs between refreshes of the images; ``None`` never refreshes.
         refresh_share: of the pool that a refresh replaces, in (0, 1].
         refresh_steps: iterations of a refresh; ``None`` means a quarter of the synthesis' from images, all from noise.
@@ -70,6 +72,7 @@ class DistillConfig:
     epochs: int = 20
     steps_per_epoch: int | None = None
     drawn_images: int = 0
+    redraw_every: int | None = None
     refresh_every: int | None = 5
     refresh_share: float = 1.0
     refresh_steps: int | None = None
@@ -96,7 +99,7 @@ class DistillConfig:
         for name in ("epochs", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("drawn_images", self.drawn_images, 0)
-        for name in ("refresh_every", "refresh_steps", "steps_per_epoch"):
+        for name in ("refresh_every", "refresh_steps", "redraw_every", "steps_per_epoch"):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
         if not 0 < finite_number(self.refresh_share) <= 1:

@@ -78,7 +78,8 @@ class DistillStage:
         self.stage = stage
         self.bar = bar
         self.steps = config.steps_per_epoch or math.ceil(len(maker.pool) / config.batch_size)
-        self.drawn = maker.drawn(config.drawn_images, _DRAWN)
+        self.drawn: Tensor | None = None
+        self.drawing: int | None = None  # which of the drawings that is
         self.distiller = Distiller(
             quant_model, maker.float_snapshot, config, prefix=maker.geometry.prefix_tokens,
             total_steps=config.epochs * self.steps, optimizer=optimizer, geometry=maker.geometry,
@@ -112,9 +113,12 @@ class DistillStage:
             TuningError: if the loss stays non-finite for a whole epoch.
             RunDirectoryError: if pool and checkpoint do not belong together.
         """
+        if self.epochs < self.config.epochs:
+            self._draw(self.epochs)
         with self.bar(self.config.epochs * self.steps, "Tuning") as bar:
             bar.update(self.epochs * self.steps)
             for epoch in range(self.epochs, self.config.epochs):
+                self._draw(epoch)
                 if refresh_is_due(epoch, self.config.refresh_every):
                     self._refresh()
                 start = time.perf_counter()
@@ -134,6 +138,13 @@ class DistillStage:
                 self._keep_if_best(loss)
                 self._save()
         load_quant_state(self.quant_model, self.best)
+
+    def _draw(self, epoch: int) -> None:
+        """Draw the images that belong to an epoch, unless they are there."""
+        every = self.config.redraw_every
+        drawing = 0 if every is None else epoch // every
+        if drawing != self.drawing:
+            self.drawn, self.drawing = self.maker.drawn(self.config.drawn_images, _DRAWN + drawing), drawing
 
     def _keep_if_best(self, loss: float | None) -> None:
         if not self.best or loss is None or loss < self.best_loss:
