@@ -62,6 +62,7 @@ from maskaq_brevitas.synthesis.other_run import images_of
 from maskaq_brevitas.synthesis.pool import SyntheticImages
 from maskaq_brevitas.tuning.allocate import allocate_widths
 from maskaq_brevitas.tuning.allocate import candidate_widths
+from maskaq_brevitas.tuning.augment import augment
 from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.calibrate import is_calibrated
 from maskaq_brevitas.tuning.calibrate import provisional_calibration
@@ -70,7 +71,6 @@ from maskaq_brevitas.tuning.calibrate import silent_quantizers
 from maskaq_brevitas.tuning.checkpoint import has_checkpoint
 from maskaq_brevitas.tuning.checkpoint import load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory
-from maskaq_brevitas.tuning.distill import augment
 from maskaq_brevitas.tuning.distill_stage import DistillStage
 from maskaq_brevitas.tuning.distill_stage import refresh_is_due
 from maskaq_brevitas.tuning.ranges import search_ranges

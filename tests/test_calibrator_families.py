@@ -101,11 +101,11 @@ def test_whole_runs_on_images_of_other_channels_and_sides(name, kept, tmp_path):
     """Tuning with every augmentation, report with pictures, export and its check."""
     synthesis = SynthesisConfig(steps=3, batch_size=4, kept_tokens=kept)
     common = dict(epochs=1, refresh_every=None, kept_tokens=kept)
-    tuning = [DistillConfig(augment=kind, **common) for kind in ("published", "light", "mixed", "cutmix")]
+    tuning = [DistillConfig(augment=kind, **common) for kind in ("published", "light", "mixed", "strong", "cutmix")]
     calibrator = make(name, scheme="w4a8", synthesis=synthesis, tuning=tuning)
     quant_model = calibrator.quantize()
     losses = [entry["held_back_loss"] for entry in calibrator.history if "held_back_loss" in entry]
-    assert len(losses) == 8 and all(0 < loss < 5 for loss in losses)
+    assert len(losses) == 10 and all(0 < loss < 5 for loss in losses)
     calibrator.report().save(tmp_path)
     assert (tmp_path / "images.png").stat().st_size > 1000
     shape = calibrator.geometry.input_size

@@ -91,7 +91,7 @@ class DistillConfig:
     distance_weight: float = 10.0
     feature_weight: float = 0.0
     include_prefix: bool = False
-    augment: Literal["none", "light", "mixed", "published", "cutmix"] = "cutmix"
+    augment: Literal["none", "light", "mixed", "strong", "published", "cutmix"] = "cutmix"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: Literal["auto", "always", "never"] = "auto"
 
@@ -129,7 +129,7 @@ class DistillConfig:
             )
         check_choice("refresh_start", self.refresh_start, ("images", "noise"))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        check_choice("augment", self.augment, ("none", "light", "mixed", "published", "cutmix"))
+        check_choice("augment", self.augment, ("none", "light", "mixed", "strong", "published", "cutmix"))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_choice("compile", self.compile, ("auto", "always", "never"))
 

@@ -22,8 +22,6 @@ from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import Tensor
 from torch import nn
-from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.errors import CompilationWarning
@@ -41,17 +39,17 @@ from maskaq_brevitas.models.token_choice import draw_tokens
 from maskaq_brevitas.models.token_choice import patch_count
 from maskaq_brevitas.models.token_choice import token_choice
 from maskaq_brevitas.modes import arithmetic
-from maskaq_brevitas.modes import seeded
 from maskaq_brevitas.quant.trainable import biases_follow
 from maskaq_brevitas.quant.trainable import compile_blocks
 from maskaq_brevitas.quant.trainable import scales_turn
 from maskaq_brevitas.quant.trainable import set_pivots
 from maskaq_brevitas.quant.trainable import training_twin
+from maskaq_brevitas.tuning.augment import augment
 from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.losses import context_distance
 from maskaq_brevitas.tuning.losses import output_divergence
 
-__all__ = ["Distiller", "Losses", "augment", "parameter_groups"]
+__all__ = ["Distiller", "Losses", "parameter_groups"]
 
 #: Builds any torch optimiser from parameter groups that name their own ``lr`` and ``weight_decay``.
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -412,68 +410,6 @@ def _weight_steps(quant_model: nn.Module) -> dict[nn.Parameter, float]:
         if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled:
             found[module.weight] = float(module.weight_quant.scale().detach().mean())
     return found
-
-
-def augment(images: Tensor, kind: str, generator: torch.Generator, geometry: Geometry | None = None) -> Tensor:
-    """``images``, each changed at random; torch's global generator is left as it was.
-
-    Args:
-        images: normalised, ``(batch, channels, height, width)``.
-        kind: see :attr:`~maskaq_brevitas.config.DistillConfig.augment`.
-        generator: on the CPU; gives the seed.
-        geometry: of the model; colours change between black and white as it normalises them. ``None``: the images are
-            shares of white already.
-    """
-    if kind == "none":
-        return images
-    size = tuple(images.shape[-2:])
-    if kind in ("light", "mixed"):
-        crops = _large_crops(images, generator)
-        return crops if kind == "light" else _mirrored_and_mixed(crops, generator)
-    steps: list[nn.Module] = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-    if images.shape[1] == 3:
-        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8), v2.RandomGrayscale(p=0.2)]
-    steps += [v2.RandomApply([v2.GaussianBlur(max(3, size[0] // 20 * 2 + 1))], p=0.5)]
-    change = v2.Compose(steps)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with seeded(seed):
-        # torchvision's colour changes cut what lies outside of [0, 1].
-        shares = images if geometry is None else geometry.denormalize(images)
-        shares = torch.stack([change(image) for image in shares])
-        if kind == "cutmix":
-            # It mixes labels too, which we do not use.
-            shares, _ = v2.CutMix(num_classes=1)(shares, torch.zeros(len(shares), dtype=torch.long))
-        return shares if geometry is None else geometry.normalize(shares)
-
-
-def _large_crops(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A part of each image, at least 70 % of its area, at the size of the whole: all in one call.
-
-    torchvision's ``RandomResizedCrop(scale=(0.7, 1), ratio=(0.9, 1.1))`` takes sixty calls for each image.
-    """
-    area, ratio, across, down = torch.rand(4, len(images), generator=generator)
-    area, ratio = 0.7 + 0.3 * area, 0.9 * (1.1 / 0.9) ** ratio
-    widths, heights = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    # Coordinates from -1 to 1: centres lie where the part stays inside.
-    lines = torch.zeros(len(images), 2, 3)
-    lines[:, 0, 0], lines[:, 0, 2] = widths, (2 * across - 1) * (1 - widths)
-    lines[:, 1, 1], lines[:, 1, 2] = heights, (2 * down - 1) * (1 - heights)
-    grid = F.affine_grid(lines.to(images), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def _mirrored_and_mixed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images mirrored, and in half of them a box with a share of up to all of the area of another one."""
-    count, height, width = len(images), *images.shape[-2:]
-    order = torch.randperm(count, generator=generator)
-    mirrored, mixed, area, across, down = torch.rand(5, count, 1, 1, 1, generator=generator)
-    side = area.clamp(0.05, 0.95).sqrt()
-    tall, wide = (side * height).round(), (side * width).round()
-    top, left = (down * (height - tall)).round(), (across * (width - wide)).round()
-    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
-    box = (rows >= top) & (rows < top + tall) & (columns >= left) & (columns < left + wide) & (mixed < 0.5)
-    images = torch.where((mirrored < 0.5).to(images.device), images.flip(-1), images)
-    return torch.where(box.to(images.device), images[order.to(images.device)], images)
 
 
 def _make_optimizer(groups: list[dict[str, Any]], config: DistillConfig) -> torch.optim.Optimizer:

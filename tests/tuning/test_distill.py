@@ -24,7 +24,6 @@ from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning import distill
 from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.distill import Distiller
-from maskaq_brevitas.tuning.distill import augment
 from maskaq_brevitas.tuning.distill import parameter_groups
 from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.ranges import search_ranges
@@ -247,14 +246,6 @@ def _distiller_with(tiny_vit: nn.Module, quant_model: nn.Module, config: dict) -
     )
 
 
-@pytest.mark.parametrize("kind", ["none", "light", "mixed", "published", "cutmix"])
-def test_augmentation_is_seeded_and_keeps_the_shape(images, kind):
-    first = augment(images, kind, _generator())
-    assert first.shape == images.shape
-    assert torch.equal(first, augment(images, kind, _generator()))
-    assert torch.equal(first, images) == (kind == "none")
-
-
 def test_bfloat16_is_close_to_float32(tiny_vit, quant_model, images):
     exact = _distiller(tiny_vit, quant_model).validation_loss([images]).total
     rounded = _distiller(tiny_vit, quant_model, precision="bfloat16")
@@ -305,14 +296,6 @@ def test_published_values():
     assert (config.temperature, config.distance_weight, config.max_gradient_norm) == (5.0, 10.0, None)
 
 
-def test_cutmix_puts_a_box_of_one_image_into_another():
-    plain = torch.stack([torch.full((3, 32, 32), float(value)) for value in (-0.5, 0.5)])
-    published, mixed = (augment(plain, kind, _generator()) for kind in ("published", "cutmix"))
-    changed = (mixed != published).any(dim=1)
-    assert changed.any() and torch.equal(changed[0], changed[1])
-    assert torch.equal(mixed[0][:, changed[0]], published[1][:, changed[0]])
-
-
 def test_networks_are_trained_and_measured_on_the_same_share_of_tokens(tiny_vit, quant_model, images):
     distiller = _distiller(tiny_vit, quant_model, distance_weight=0.0, feature_weight=1.0, kept_tokens=0.5)
     seen = {"float": [], "quant": []}
@@ -349,41 +332,6 @@ def test_quantized_weights_learn_in_units_of_their_grid(tiny_vit, quant_model, i
     distiller.train_epoch([images], _generator())
     # Adam's first step is its rate.
     assert float((layer.weight - before).abs().median()) == pytest.approx(0.01 * step, rel=1e-2)
-
-
-def test_mixed_augmentation_mirrors_half_and_puts_boxes_into_half():
-    """Image i is i everywhere but for a ramp to the right, which tells mirror images; a box tells the image it is of.
-    """
-    count = 64
-    ramp = torch.linspace(0, 0.5, 40).expand(3, 40, 40)
-    images = torch.arange(count).view(-1, 1, 1, 1) + ramp
-    found = augment(images, "mixed", _generator())
-    whole, ramps = found.floor(), found - found.floor()
-    own = torch.arange(count).view(-1, 1, 1)
-    assert torch.equal(found[:, 0], found[:, 1])
-    mixed = (whole[:, 0] != own).flatten(1).any(1)
-    assert 0.3 * count < mixed.sum() < 0.7 * count
-    for index in mixed.nonzero().flatten().tolist():
-        inside = whole[index, 0] != index
-        rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
-        box = whole[index, 0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        assert (box == box[0, 0]).all()  # one rectangle of one other image
-    mirrored = (ramps[~mixed][:, 0, :, -1] < ramps[~mixed][:, 0, :, 0]).all(1)
-    assert 0.2 * len(mirrored) < mirrored.sum() < 0.8 * len(mirrored)
-
-
-def test_light_augmentation_cuts_a_large_part_out_of_each_image():
-    # The image is its own coordinates, so what is seen tells where it was cut.
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 40), torch.linspace(-1, 1, 60), indexing="ij")
-    images = torch.stack([columns, rows])[None].expand(64, 2, 40, 60)
-    found = augment(images, "light", _generator())
-    assert found.shape == images.shape
-    assert float(found.abs().max()) <= 1 + 1e-5
-    across = (found[:, 0, :, -1] - found[:, 0, :, 0]).mean(dim=1) / 2
-    down = (found[:, 1, -1] - found[:, 1, 0]).mean(dim=1) / 2
-    assert 0.66 < float((across * down).min()) < 0.75 and float((across * down).max()) > 0.95
-    assert float((across / down).min()) > 0.87 and float((across / down).max()) < 1.14
-    assert len({round(float(image.mean()), 3) for image in found[:, 0]}) > 32  # in different places
 
 
 def test_scales_move_by_the_gradient_of_their_logarithm(tiny_vit, quant_model, images):

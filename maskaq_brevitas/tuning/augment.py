@@ -1,0 +1,141 @@
+"""How images are changed at random before a training step: the two networks see the same change, so any is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.modes import seeded
+
+__all__ = ["augment"]
+
+
+def augment(images: Tensor, kind: str, generator: torch.Generator, geometry: Geometry | None = None) -> Tensor:
+    """``images``, each changed at random; torch's global generator is left as it was.
+
+    Args:
+        images: normalised, ``(batch, channels, height, width)``.
+        kind: see :attr:`~maskaq_brevitas.config.DistillConfig.augment`.
+        generator: on the CPU; gives the seed.
+        geometry: of the model; colours change between black and white as it normalises them. ``None``: the images are
+            shares of white already.
+    """
+    if kind == "none":
+        return images
+    if kind in ("light", "mixed"):
+        crops = _large_crops(images, generator)
+        return crops if kind == "light" else _mirrored_and_mixed(crops, generator)
+    if kind == "strong":
+        shares = _turned_crops(images, generator)
+        shares = shares if geometry is None else geometry.denormalize(shares)
+        shares = _other_light(shares, generator)
+        return _blended(shares if geometry is None else geometry.normalize(shares), generator)
+    size = tuple(images.shape[-2:])
+    steps: list[nn.Module] = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    if images.shape[1] == 3:
+        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8), v2.RandomGrayscale(p=0.2)]
+    steps += [v2.RandomApply([v2.GaussianBlur(max(3, size[0] // 20 * 2 + 1))], p=0.5)]
+    change = v2.Compose(steps)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with seeded(seed):
+        # torchvision's colour changes cut what lies outside of [0, 1].
+        shares = images if geometry is None else geometry.denormalize(images)
+        shares = torch.stack([change(image) for image in shares])
+        if kind == "cutmix":
+            # It mixes labels too, which we do not use.
+            shares, _ = v2.CutMix(num_classes=1)(shares, torch.zeros(len(shares), dtype=torch.long))
+        return shares if geometry is None else geometry.normalize(shares)
+
+
+def _large_crops(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A part of each image, at least 70 % of its area, at the size of the whole: all in one call.
+
+    torchvision's ``RandomResizedCrop(scale=(0.7, 1), ratio=(0.9, 1.1))`` takes sixty calls for each image.
+    """
+    area, ratio, across, down = torch.rand(4, len(images), generator=generator)
+    area, ratio = 0.7 + 0.3 * area, 0.9 * (1.1 / 0.9) ** ratio
+    widths, heights = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    # Coordinates from -1 to 1: centres lie where the part stays inside.
+    lines = torch.zeros(len(images), 2, 3)
+    lines[:, 0, 0], lines[:, 0, 2] = widths, (2 * across - 1) * (1 - widths)
+    lines[:, 1, 1], lines[:, 1, 2] = heights, (2 * down - 1) * (1 - heights)
+    grid = F.affine_grid(lines.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _mirrored_and_mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images mirrored, and in half of them a box with a share of up to all of the area of another one."""
+    count, height, width = len(images), *images.shape[-2:]
+    order = torch.randperm(count, generator=generator)
+    mirrored, mixed, area, across, down = torch.rand(5, count, 1, 1, 1, generator=generator)
+    side = area.clamp(0.05, 0.95).sqrt()
+    tall, wide = (side * height).round(), (side * width).round()
+    top, left = (down * (height - tall)).round(), (across * (width - wide)).round()
+    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
+    box = (rows >= top) & (rows < top + tall) & (columns >= left) & (columns < left + wide) & (mixed < 0.5)
+    images = torch.where((mirrored < 0.5).to(images.device), images.flip(-1), images)
+    return torch.where(box.to(images.device), images[order.to(images.device)], images)
+
+
+# Those below take a whole batch in each call: on a GPU it is the number of calls that costs.
+
+
+def _turned_crops(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A part of each image with 30 to 100 % of its area, turned by up to 20 degrees, half of them mirrored.
+
+    What lies outside of the image is its reflection.
+    """
+    count, _, height, width = images.shape
+    area, ratio, across, down, angle, mirrored = torch.rand(6, count, generator=generator)
+    area, ratio = 0.3 + 0.7 * area, (4 / 3) ** (2 * ratio - 1)
+    widths, heights = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    angle = math.radians(20) * (2 * angle - 1)
+    sides = 1 - 2 * (mirrored < 0.5).float()
+    # Coordinates from -1 to 1, in which a rotation has to know the shape of the image.
+    lines = torch.zeros(count, 2, 3)
+    lines[:, 0, 0], lines[:, 0, 1] = sides * widths * angle.cos(), -heights * angle.sin() * height / width
+    lines[:, 1, 0], lines[:, 1, 1] = sides * widths * angle.sin() * width / height, heights * angle.cos()
+    lines[:, 0, 2], lines[:, 1, 2] = (2 * across - 1) * (1 - widths), (2 * down - 1) * (1 - heights)
+    grid = F.affine_grid(lines.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _other_light(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """Other saturation, contrast, brightness and tint of each image, and a fifth of them out of focus.
+
+    Args:
+        shares: between black (0) and white (1); what goes beyond is cut off.
+        generator: on the CPU.
+    """
+    count, channels = shares.shape[:2]
+
+    def normal(deviation: float, channels: int = 1) -> Tensor:
+        return (torch.randn(count, channels, 1, 1, generator=generator) * deviation).exp().to(shares)
+
+    grey, middle = shares.mean(dim=1, keepdim=True), shares.mean(dim=(1, 2, 3), keepdim=True)
+    saturation = (0.3 + 1.3 * torch.rand(count, 1, 1, 1, generator=generator)).to(shares)
+    shares = grey + (shares - grey) * saturation
+    shares = middle + (shares - middle) * normal(0.25)
+    shares = (shares * normal(0.2) * normal(0.08, channels)).clamp(0, 1)
+    soft = F.interpolate(F.avg_pool2d(shares, 2, ceil_mode=True), size=shares.shape[-2:], mode="bilinear")
+    chosen = torch.rand(count, 1, 1, 1, generator=generator) < 0.2
+    return torch.where(chosen.to(shares.device), soft, shares)
+
+
+def _blended(images: Tensor, generator: torch.Generator) -> Tensor:
+    """In half of the images, blots with 10 to 90 % of the area show another image: nothing that has straight edges."""
+    count, _, height, width = images.shape
+    cells = int(torch.randint(2, 8, (), generator=generator))
+    relief = F.interpolate(torch.randn(count, 1, cells, cells, generator=generator), (height, width), mode="bicubic")
+    share, chosen = torch.rand(2, count, 1, 1, 1, generator=generator)
+    ranked = relief[..., ::4, ::4].flatten(1).sort(dim=1).values
+    level = ranked.gather(1, ((0.1 + 0.8 * share.view(-1, 1)) * (ranked.shape[1] - 1)).long())
+    blots = (relief < level.view(-1, 1, 1, 1)) & (chosen < 0.5)
+    other = torch.randperm(count, generator=generator)
+    return torch.where(blots.to(images.device), images[other.to(images.device)], images)
