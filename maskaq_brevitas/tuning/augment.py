@@ -116,16 +116,21 @@ def _other_light(shares: Tensor, generator: torch.Generator) -> Tensor:
     count, channels = shares.shape[:2]
 
     def normal(deviation: float, channels: int = 1) -> Tensor:
-        return (torch.randn(count, channels, 1, 1, generator=generator) * deviation).exp().to(shares)
+        return (torch.randn(count, channels, 1, generator=generator) * deviation).exp()
 
-    grey, middle = shares.mean(dim=1, keepdim=True), shares.mean(dim=(1, 2, 3), keepdim=True)
-    saturation = (0.3 + 1.3 * torch.rand(count, 1, 1, 1, generator=generator)).to(shares)
-    shares = grey + (shares - grey) * saturation
-    shares = middle + (shares - middle) * normal(0.25)
-    shares = (shares * normal(0.2) * normal(0.08, channels)).clamp(0, 1)
-    soft = F.interpolate(F.avg_pool2d(shares, 2, ceil_mode=True), size=shares.shape[-2:], mode="bilinear")
-    chosen = torch.rand(count, 1, 1, 1, generator=generator) < 0.2
-    return torch.where(chosen.to(shares.device), soft, shares)
+    saturation = 0.3 + 1.3 * torch.rand(count, 1, 1, generator=generator)
+    contrast, factor = normal(0.25), normal(0.2) * normal(0.08, channels)
+    # All of it is one matrix for each image, from colours to colours, and an offset towards the image's mean.
+    colours = saturation * torch.eye(channels) + (1 - saturation) / channels
+    colours, offset = (factor * contrast * colours).to(shares), (factor * (1 - contrast)).to(shares)
+    pixels = shares.flatten(2)
+    pixels = torch.baddbmm(offset * pixels.mean(dim=(1, 2)).view(-1, 1, 1), colours, pixels)
+    shares = pixels.clamp(0, 1).view_as(shares)
+    blurred = (torch.rand(count, generator=generator) < 0.2).nonzero().flatten().to(shares.device)
+    if len(blurred):
+        coarse = F.avg_pool2d(shares[blurred], 2, ceil_mode=True)
+        shares[blurred] = F.interpolate(coarse, size=shares.shape[-2:], mode="bilinear")
+    return shares
 
 
 def _blended(images: Tensor, generator: torch.Generator) -> Tensor:
