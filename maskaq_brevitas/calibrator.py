@@ -35,7 +35,6 @@ from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SilentLayerWarning
 from maskaq_brevitas.errors import SkippedLayerWarning
 from maskaq_brevitas.models.backbone import HostedBackbone
-from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.health import check_finite
@@ -78,6 +77,7 @@ from maskaq_brevitas.tuning.ranges import set_channel_scales
 from maskaq_brevitas.tuning.ranges import undo_bias_correction
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.stages import STAGE_NAMES
+from maskaq_brevitas.tuning.stages import check_tuning
 from maskaq_brevitas.tuning.stages import described_tuning
 from maskaq_brevitas.tuning.stages import fitting_tuning
 from maskaq_brevitas.tuning.stages import tuning_stages
@@ -370,8 +370,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             )
         if not tunings:
             return self.calibrate()
-        if any(isinstance(config, ReconstructConfig) or config.feature_weight > 0 for config in tunings):
-            block_names(self._quant_model)  # refuses a model without blocks before the images are made
+        check_tuning(tunings, self.float_model, self._quant_model)  # before the images are made
         if self.run is not None:
             self.run.claim("tuning.json", described_tuning(tunings))
         self.ensure_images()

@@ -117,6 +117,8 @@ def test_tuning_moves_the_backbone_alone(name, tmp_path):
         assert torch.equal(again.freeze()(images), found(images))
     with pytest.raises(ModelError, match="gives the outputs of several of its blocks|does not name what follows"):
         make(segmenter, tuning=ReconstructConfig(steps=1, feature_weight=1.0)).quantize()
+    with pytest.raises(ModelError, match="last_feature_weight=0"):
+        make(segmenter, tuning=DistillConfig(last_feature_weight=1.0)).quantize()
 
 
 def test_other_widths_are_chosen_for_the_same_larger_model():

@@ -46,10 +46,12 @@ def test_swin_is_reconstructed_across_its_stages():
 
 
 def test_swin_is_distilled_block_by_block_output():
-    calibrator = make("swin", tuning=DistillConfig(epochs=3, feature_weight=1.0, refresh_every=2, refresh_steps=1))
+    weights = dict(feature_weight=1.0, last_feature_weight=1.0)
+    calibrator = make("swin", tuning=DistillConfig(epochs=3, **weights, refresh_every=2, refresh_steps=1))
     calibrator.quantize()
     epochs = [entry for entry in calibrator.history if entry["event"] == "epoch"]
-    assert len(epochs) == 3 and all(0 < entry["train_features"] < 10 for entry in epochs)
+    assert len(epochs) == 3
+    assert all(0 < entry[key] < 10 for entry in epochs for key in ("train_features", "train_last_features"))
     assert calibrator.refreshes[0]["alignment_after"] > 0
     assert "layers.0.blocks.0" in str(calibrator.report())
 

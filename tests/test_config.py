@@ -200,6 +200,7 @@ def test_efforts_grow():
         (dict(steps_per_epoch=0), "steps_per_epoch: expected a whole number >= 1"),
         (dict(drawn_images=-1), "drawn_images: expected a whole number >= 0"),
         (dict(feature_weight=-1.0), "feature_weight: expected a number >= 0"),
+        (dict(last_feature_weight=-1.0), "last_feature_weight: expected a number >= 0"),
         (dict(kept_tokens=0.0), r"kept_tokens: expected a share in \(0, 1\], got 0.0"),
         (dict(kept_tokens=1.5), r"kept_tokens: expected a share in \(0, 1\], got 1.5"),
         (dict(weight_learning_rate=-1e-3), "weight_learning_rate: expected a number >= 0 or None, got -0.001"),

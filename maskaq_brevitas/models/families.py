@@ -383,6 +383,9 @@ def block_passages(model: nn.Module) -> dict[str, str]:
     return _facts(model).passages(model)
 
 
+_WITHOUT_LAST = "reconstruct with feature_weight=0, distil with last_feature_weight=0"
+
+
 def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
     """The part of a model behind one of its blocks, up to the features that its classifier reads.
 
@@ -396,11 +399,12 @@ def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
             do not lead to its features.
     """
     if getattr(model, "intermediates", None) is not None:
-        raise ModelError(f"{type(model).__name__} gives the outputs of several of its blocks; use feature_weight=0.")
+        raise ModelError(f"{type(model).__name__} gives the outputs of several of its blocks; {_WITHOUT_LAST}.")
     names = block_names(model)
-    passages = block_passages(model)
+    following = names[names.index(block) + 1 :]
+    passages = block_passages(model) if following else {}
     behind: list[nn.Module] = []
-    for name in names[names.index(block) + 1 :]:
+    for name in following:
         if name in passages:
             behind.append(model.get_submodule(passages[name]))
         behind.append(model.get_submodule(name))
@@ -408,17 +412,17 @@ def features_behind(model: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
     head = family.head(model)
     if head is None:
         raise ModelError(
-            f"{type(model).__name__} does not name what follows its blocks (norm, forward_head); use feature_weight=0."
+            f"{type(model).__name__} does not name what follows its blocks (norm, forward_head); {_WITHOUT_LAST}."
         )
     if family.tail:
         raise ModelError(
-            f"{type(model).__name__}: its blocks alone do not lead to its features ({family.tail}); use "
-            "feature_weight=0."
+            f"{type(model).__name__}: its blocks alone do not lead to its features ({family.tail}); "
+            f"{_WITHOUT_LAST}."
         )
 
     def features(tokens: Tensor) -> Tensor:
-        for following in behind:
-            tokens = following(tokens)
+        for module in behind:
+            tokens = module(tokens)
         return head(tokens)
 
     return features

@@ -31,6 +31,8 @@ from maskaq_brevitas.errors import TuningError
 from maskaq_brevitas.models.attention_tap import AttentionRecord
 from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.block_tap import block_tap
+from maskaq_brevitas.models.families import block_names
+from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.geometry import Geometry
@@ -46,6 +48,7 @@ from maskaq_brevitas.quant.trainable import set_pivots
 from maskaq_brevitas.quant.trainable import training_twin
 from maskaq_brevitas.tuning.augment import augment
 from maskaq_brevitas.tuning.losses import block_error
+from maskaq_brevitas.tuning.losses import centred_error
 from maskaq_brevitas.tuning.losses import context_distance
 from maskaq_brevitas.tuning.losses import output_divergence
 
@@ -54,6 +57,7 @@ __all__ = ["Distiller", "Losses", "parameter_groups"]
 #: Builds any torch optimiser from parameter groups that name their own ``lr`` and ``weight_decay``.
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
+_LOSSES = 5  # of a step: the total and what it is the sum of
 # No step changes a scale by more than this ratio (natural logarithm).
 _LARGEST_SCALE_STEP = 0.2
 # Multiply-accumulates of linear layers in all training steps from which compiling pays for its half minute, roughly.
@@ -69,6 +73,7 @@ class Losses:
         divergence: of the outputs, in nats times T^2.
         distance: of the contexts, in [0, 2]; 0 if it is switched off.
         features: error of the blocks' outputs, mean over blocks; 0 if it is switched off.
+        last_features: error of the features that the classifier reads; 0 if it is switched off.
         skipped: steps that were left out because loss or gradient was not finite.
     """
 
@@ -76,6 +81,7 @@ class Losses:
     divergence: float
     distance: float
     features: float
+    last_features: float = 0.0
     skipped: int = 0
 
 
@@ -108,6 +114,8 @@ class Distiller:
 
     Raises:
         InputError: if ``total_steps`` is below 1.
+        ModelError: if the model's family names no features behind its blocks, and ``last_feature_weight`` asks for
+            them.
     """
 
     def __init__(
@@ -133,6 +141,11 @@ class Distiller:
         groups, self.scales = parameter_groups(quant_model, config)
         self.optimizer = _make_optimizer(groups, config) if optimizer is None else optimizer(groups)
         self.network, self.teacher = self._networks()
+        self._last_features: tuple[Callable[[Tensor], Tensor], ...] | None = None
+        if config.last_feature_weight > 0:
+            self._last_features = tuple(
+                features_behind(model, block_names(model)[-1]) for model in (self.teacher, self.network)
+            )
 
     def train_epoch(
         self,
@@ -153,7 +166,7 @@ class Distiller:
         stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         logarithms = {id(logarithm) for _, logarithm in self.scales}
         layers = [parameter for parameter in stepped if id(parameter) not in logarithms]
-        sums, done, skipped = [0.0] * 4, 0, 0
+        sums, done, skipped = [0.0] * _LOSSES, 0, 0
         limit = self.config.max_gradient_norm or math.inf
         trained = [*layers, *(scale for scale, _ in self.scales)]
         with self._trainable(trained), self._taps() as taps, self._token_choice() as choice:
@@ -196,7 +209,7 @@ class Distiller:
         Raises:
             InputError: if there is no image.
         """
-        sums, count = [0.0] * 4, 0
+        sums, count = [0.0] * _LOSSES, 0
         generator = torch.Generator().manual_seed(0)
         # Not compiled: another batch size, without gradients, would be compiled anew for a few images.
         eager = torch.compiler.set_stance("force_eager")
@@ -271,7 +284,7 @@ class Distiller:
         return self.total_steps * self.config.batch_size * tokens * parameters > _WORTH_COMPILING
 
     def _losses(self, images: Tensor, taps: _Taps) -> list[Tensor]:
-        """Total, divergence, distance and feature error on ``images``."""
+        """Total, divergence, distance, and errors of the blocks' outputs and of the last features, on ``images``."""
         with arithmetic(self.config.precision, images.device):
             with torch.no_grad():
                 float_logits = self.teacher(images)
@@ -279,17 +292,28 @@ class Distiller:
         divergence = output_divergence(
             float_logits, quant_logits, has_classes(self.quant_model), self.config.temperature
         )
-        distance = features = torch.zeros_like(divergence)
+        distance = features = last_features = torch.zeros_like(divergence)
         if taps.contexts is not None:
             distance = context_distance(
                 taps.contexts[0].context, taps.contexts[1].context, prefix=self.prefix,
                 include_prefix=self.config.include_prefix,
             )  # fmt: skip
         if taps.blocks is not None:
-            errors = [block_error(found.float(), wanted.float()) for wanted, found in zip(*taps.blocks, strict=True)]
-            features = torch.stack(errors).mean()
+            float_blocks, quant_blocks = taps.blocks
+            if self.config.feature_weight > 0:
+                errors = [
+                    block_error(found.float(), wanted.float())
+                    for wanted, found in zip(float_blocks, quant_blocks, strict=True)
+                ]
+                features = torch.stack(errors).mean()
+            if self._last_features is not None:
+                float_head, quant_head = self._last_features
+                with torch.no_grad():
+                    wanted = float_head(float_blocks[-1].float())
+                last_features = centred_error(quant_head(quant_blocks[-1].float()), wanted)
         total = divergence + self.config.distance_weight * distance + self.config.feature_weight * features
-        return [total, divergence, distance, features]
+        total = total + self.config.last_feature_weight * last_features
+        return [total, divergence, distance, features, last_features]
 
     def _set_rates(self) -> None:
         """Cosine schedule from each group's own rate to the same share of it."""
@@ -331,7 +355,7 @@ class Distiller:
                 taps.contexts = tuple(
                     stack.enter_context(attention_tap(model, "context")) for model in (self.teacher, self.network)
                 )
-            if self.config.feature_weight > 0:
+            if self.config.feature_weight > 0 or self.config.last_feature_weight > 0:
                 taps.blocks = tuple(
                     stack.enter_context(block_tap(model)) for model in (self.teacher, self.network)
                 )
@@ -356,8 +380,8 @@ class Distiller:
 
 
 def _mean_losses(sums: list[float], count: int, skipped: int = 0) -> Losses:
-    total, divergence, distance, features = (part / count for part in sums)
-    return Losses(total=total, divergence=divergence, distance=distance, features=features, skipped=skipped)
+    total, divergence, distance, features, last_features = (part / count for part in sums)
+    return Losses(total, divergence, distance, features, last_features, skipped)
 
 
 def parameter_groups(

@@ -131,7 +131,8 @@ class DistillStage:
                 self.epochs, self.pool_version = epoch + 1, self.maker.pool.version
                 self.history.append(dict(
                     event="epoch", epoch=epoch + 1, train_loss=trained.total, train_divergence=trained.divergence,
-                    train_distance=trained.distance, train_features=trained.features, skipped_steps=trained.skipped,
+                    train_distance=trained.distance, train_features=trained.features,
+                    train_last_features=trained.last_features, skipped_steps=trained.skipped,
                     held_back_loss=loss,
                     pool_version=self.pool_version, seconds=round(time.perf_counter() - start, 2),
                 ))  # fmt: skip

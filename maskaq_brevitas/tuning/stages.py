@@ -13,9 +13,11 @@ from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import TuningConfig
 from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.models.families import block_names
+from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.models.token_choice import why_all_tokens
 
-__all__ = ["STAGE_NAMES", "described_tuning", "fitting_tuning", "tuning_stages"]
+__all__ = ["STAGE_NAMES", "check_tuning", "described_tuning", "fitting_tuning", "tuning_stages"]
 
 _KINDS: dict[type, str] = {DistillConfig: "distill", ReconstructConfig: "reconstruct"}
 #: What reports call a stage, by its configuration.
@@ -37,6 +39,25 @@ def tuning_stages(tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple
         if type(config) not in _KINDS:
             raise ConfigurationError(f"tuning: expected DistillConfig or ReconstructConfig, got {config!r}.")
     return found
+
+
+def check_tuning(tunings: tuple[TuningConfig, ...], float_model: nn.Module, quant_model: nn.Module) -> None:
+    """Refuse what a model cannot be tuned by.
+
+    Raises:
+        ModelError: if blocks or last features are asked for and the model does not name them.
+    """
+    blocks = last = False
+    for config in tunings:
+        if isinstance(config, ReconstructConfig):
+            blocks, last = True, last or config.feature_weight > 0
+        else:
+            last = last or config.last_feature_weight > 0
+            blocks = blocks or last or config.feature_weight > 0
+    if blocks:
+        block_names(quant_model)
+    if last:
+        features_behind(float_model, block_names(float_model)[-1])
 
 
 def fitting_tuning(tuning: DistillConfig | None, model: nn.Module) -> DistillConfig | None:

@@ -131,14 +131,14 @@ def test_models_are_distilled_and_reconstructed(name):
     kept = 1.0 if "swin" in name else 0.5
     tuning = (
         ReconstructConfig(steps=3, feature_weight=1.0, variants=1),
-        DistillConfig(epochs=1, feature_weight=1.0, refresh_every=None, kept_tokens=kept),
+        DistillConfig(epochs=1, feature_weight=1.0, last_feature_weight=1.0, refresh_every=None, kept_tokens=kept),
     )
     calibrator = make(name, tuning=tuning, synthesis=SynthesisConfig(steps=2, batch_size=4, kept_tokens=kept))
     quant_model = calibrator.quantize()
     blocks = [entry for entry in calibrator.history if entry["event"] == "block"]
     assert len(blocks) == (4 if "swin" in name else 2) and all(entry["after"] <= entry["before"] for entry in blocks)
     epochs = [entry for entry in calibrator.history if entry["event"] == "epoch"]
-    assert len(epochs) == 1 and 0 < epochs[0]["train_features"] < 10
+    assert len(epochs) == 1 and 0 < epochs[0]["train_features"] < 10 and 0 < epochs[0]["train_last_features"] < 10
     pixels = calibrator.held_back.images()
     found = quant_model(pixels)
     assert isinstance(found, Tensor) and torch.isfinite(found).all()

@@ -16,6 +16,7 @@ from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import CompilationWarning
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.errors import TuningError
 from maskaq_brevitas.modes import own_modes
 from maskaq_brevitas.quant.equalize import equalize
@@ -26,6 +27,7 @@ from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.distill import Distiller
 from maskaq_brevitas.tuning.distill import parameter_groups
 from maskaq_brevitas.tuning.losses import block_error
+from maskaq_brevitas.tuning.losses import centred_error
 from maskaq_brevitas.tuning.ranges import search_ranges
 
 
@@ -294,6 +296,27 @@ def test_published_values():
     assert (config.learning_rate, config.final_learning_rate) == (1e-3, 1e-5)
     assert (config.epochs, config.refresh_every, config.refresh_start, config.batch_size) == (100, 30, "noise", 16)
     assert (config.temperature, config.distance_weight, config.max_gradient_norm) == (5.0, 10.0, None)
+
+
+def test_last_features_are_matched(tiny_vit, quant_model, images):
+    options = dict(distance_weight=0.0, last_feature_weight=3.0, learning_rate=1e-4)
+    distiller = _distiller(tiny_vit, quant_model, **options)
+    found = distiller.validation_loss([images])
+    with torch.no_grad():
+        target, output = (
+            model.forward_head(model.forward_features(images), pre_logits=True) for model in (tiny_vit, quant_model)
+        )
+    assert found.last_features == pytest.approx(float(centred_error(output, target)), rel=1e-4)
+    assert found.features == 0 and found.total == pytest.approx(found.divergence + 3 * found.last_features, rel=1e-5)
+    for _ in range(6):
+        distiller.train_epoch(images.split(4), _generator())
+    assert distiller.validation_loss([images]).last_features < found.last_features
+
+
+def test_models_that_name_no_last_features_are_refused(tiny_vit, quant_model):
+    del tiny_vit.norm
+    with pytest.raises(ModelError, match="does not name what follows its blocks.*last_feature_weight=0"):
+        _distiller(tiny_vit, quant_model, last_feature_weight=1.0)
 
 
 def test_networks_are_trained_and_measured_on_the_same_share_of_tokens(tiny_vit, quant_model, images):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.tuning.losses import centred_error
 from maskaq_brevitas.tuning.losses import context_distance
 from maskaq_brevitas.tuning.losses import temperature_divergence
 from maskaq_brevitas.tuning.losses import token_weights
@@ -94,6 +95,21 @@ def test_weights_double_the_most_active_tenth():
     assert weights.sum() == pytest.approx(1)
     assert set(torch.nonzero(weights[0] > weights[0, 0]).flatten().tolist()) == {4, 7}
     assert float(weights[0, 4] / weights[0, 0]) == pytest.approx(2)
+
+
+def test_centred_error_counts_what_tells_images_apart():
+    target = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    common = 100 * torch.ones(8)
+    mean = target.mean(dim=0).expand_as(target)
+    assert float(centred_error(target, target)) == 0
+    # All images alike: as wrong as can be without a constant part, and with a large one too.
+    spread = float((target - mean).square().sum())
+    expected = spread / (spread + 0.1 * float(target.square().sum()))
+    assert float(centred_error(mean, target)) == pytest.approx(expected, rel=1e-5)
+    shifted = target + common
+    expected = spread / (spread + 0.1 * float(shifted.square().sum()))
+    assert float(centred_error(mean + common, shifted)) == pytest.approx(expected, rel=1e-4)
+    assert float(centred_error(torch.ones(2, 3), torch.zeros(2, 3))) > 1e6  # finite
 
 
 def test_shapes_are_checked():
