@@ -79,8 +79,9 @@ from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.stages import STAGE_NAMES
 from maskaq_brevitas.tuning.stages import check_tuning
 from maskaq_brevitas.tuning.stages import described_tuning
-from maskaq_brevitas.tuning.stages import fitting_tuning
+from maskaq_brevitas.tuning.stages import fitting_effort
 from maskaq_brevitas.tuning.stages import tuning_stages
+from maskaq_brevitas.tuning.stages import with_precision
 from maskaq_brevitas.tuning.state import load_quant_state
 
 if TYPE_CHECKING:
@@ -176,9 +177,9 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             raise ConfigurationError(
                 "persistent_workers=True would go on serving the images of before a refresh. Leave it out."
             )
-        work = resolve_effort(effort)
         taken = images_of(images_from, run_dir, run_mode)
-        num_images = (work.num_images if taken is None else taken.num_images) if num_images is None else num_images
+        named = resolve_effort(effort)
+        num_images = (named.num_images if taken is None else taken.num_images) if num_images is None else num_images
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
         check_finite(float_model, "float_model")
@@ -190,23 +191,24 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             quant_model = None if quant_model is None else self.hosted.network_of(quant_model)
         self.float_model = float_model
         self.geometry: Geometry = read_geometry(float_model)
+        self.device = torch.device(device) if device is not None else next(float_model.parameters()).device
         self.scheme = resolve_scheme(scheme)
         self.overrides = dict(overrides or {})
-        if synthesis is None and taken is not None:
-            synthesis = taken.synthesis
-        synthesis = synthesis or SynthesisConfig(steps=work.steps, procedural_share=work.procedural_share)
+        work = fitting_effort(named, float_model, *([] if quant_model is None else [quant_model]))
+        if synthesis is None:
+            synthesis = work.synthesis if taken is None else taken.synthesis
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
+        synthesis = with_precision(synthesis, self.device)
         if held_back is None:
             held_back = max(8, num_images // 8) if taken is None else taken.held_back
         if taken is not None:
             taken.check(float_model, num_images=num_images, held_back=held_back, synthesis=synthesis)
         self.images_from = taken
-        self.tuning = tuning_stages(fitting_tuning(work.tuning, float_model) if tuning is None else tuning)
+        self.tuning = self._stages(work.tuning if tuning is None else tuning)
         if synthesis.kept_tokens < 1 or any(getattr(config, "kept_tokens", 1) < 1 for config in self.tuning):
             check_token_choice(float_model)
         self.seed = seed
-        self.device = torch.device(device) if device is not None else next(float_model.parameters()).device
         self.progress = progress
         self.swap_record: SwapRecord | None = None
         self._owns_quant_model = quant_model is None
@@ -363,7 +365,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             ModelError: if a tuning compares blocks, and the quant model that was given has none (FX-traced).
             TuningError: if the loss stays non-finite for a whole epoch.
         """
-        tunings = tuning_stages(tuning) or self.tuning
+        tunings = self._stages(tuning) or self.tuning
         if self.tuning not in ((), tunings):
             raise ConfigurationError(
                 "quantize() got another tuning than the constructor. Give it to one of them, or make a new calibrator."
@@ -561,6 +563,9 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         return stage(self.stages, name)
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _stages(self, tuning: TuningConfig | Sequence[TuningConfig] | None) -> tuple[TuningConfig, ...]:
+        return tuple(with_precision(config, self.device) for config in tuning_stages(tuning))
 
     def _in_place(self, network: nn.Module) -> nn.Module:
         """A quant or frozen model in the larger model, if there is one."""

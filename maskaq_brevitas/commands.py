@@ -44,7 +44,6 @@ from maskaq_brevitas.export.process import require
 from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import known_families
 from maskaq_brevitas.models.geometry import read_geometry
-from maskaq_brevitas.models.token_choice import why_all_tokens
 from maskaq_brevitas.models.zoo import SHIPPED_MODEL
 from maskaq_brevitas.models.zoo import load_model
 from maskaq_brevitas.options import read_saved
@@ -67,6 +66,7 @@ from maskaq_brevitas.tuning.sensitivity import place_blocks
 from maskaq_brevitas.tuning.sensitivity import place_kinds
 from maskaq_brevitas.tuning.sensitivity import place_layers
 from maskaq_brevitas.tuning.sensitivity import sensitivity as measure_sensitivity
+from maskaq_brevitas.tuning.stages import fitting_effort
 
 __all__ = ["evaluate", "export", "lint_finn", "models", "quantize", "sensitivity"]
 
@@ -314,10 +314,17 @@ def _calibrator_options(options: Namespace) -> dict[str, Any]:
 
 
 def _fit_effort(options: Namespace, model: nn.Module) -> None:
-    """Where the model needs all tokens, an effort's share of them does not hold; one that the user names is refused."""
-    usual = EFFORTS[options.effort].tuning
-    if usual is not None and vars(options)["tuning.kept_tokens"] == usual.kept_tokens and why_all_tokens(model):
-        vars(options)["tuning.kept_tokens"] = 1.0
+    """What a model does not bear of its effort (:func:`~maskaq_brevitas.tuning.stages.fitting_effort`) does not hold;
+    where the user names it, it is refused.
+    """
+    usual, values = EFFORTS[options.effort], vars(options)
+    fitting = fitting_effort(usual, model)
+    for section, before, after in (
+        ("synthesis", usual.synthesis, fitting.synthesis), ("tuning", usual.tuning, fitting.tuning)
+    ):  # fmt: skip
+        for key, value in ({} if before is None else vars(before)).items():
+            if getattr(after, key) != value and values[f"{section}.{key}"] == value:
+                values[f"{section}.{key}"] = getattr(after, key)
 
 
 def _fitting_batch(model: nn.Module, device: torch.device) -> int:

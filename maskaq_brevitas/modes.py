@@ -5,11 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy
 import torch
 
-__all__ = ["arithmetic", "kept_random_states", "own_modes", "seeded"]
+__all__ = ["Precision", "arithmetic", "fitting_precision", "kept_random_states", "own_modes", "seeded"]
+
+
+#: How networks compute.
+Precision = Literal["float32", "bfloat16", "auto"]
 
 
 @contextmanager
@@ -27,15 +32,32 @@ def own_modes() -> Iterator[None]:
         yield
 
 
-def arithmetic(precision: str, device: torch.device) -> torch.autocast:
+def arithmetic(precision: Precision, device: torch.device) -> torch.autocast:
     """Inside, networks on ``device`` compute in ``"float32"`` or ``"bfloat16"`` (autocast); parameters keep their type.
+
+    ``"auto"`` is what :func:`fitting_precision` gives.
 
     Without autocast's cache of casts, which it keeps until the *outermost* autocast ends. That may be the one of
     :func:`own_modes`, after many steps of training: all of them would see the biases of the first.
     """
     return torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False
-    )
+        device.type, dtype=torch.bfloat16, enabled=fitting_precision(precision, device) == "bfloat16",
+        cache_enabled=False,
+    )  # fmt: skip
+
+
+def fitting_precision(precision: Precision, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """``precision``, with ``"auto"`` as bfloat16 where the hardware multiplies in it, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:  # torch before 2.12
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
 
 @contextmanager

@@ -222,16 +222,14 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
 def _effort_values(name: str) -> dict[str, Any]:
     """Options of ``quantize`` that an effort sets, by destination."""
     effort = resolve_effort(name)  # type: ignore[arg-type]
-    values: dict[str, Any] = {
-        "images": effort.num_images, "steps": effort.steps, "synthesis.procedural_share": effort.procedural_share
-    }  # fmt: skip
-    if effort.tuning is not None:
-        short = _SECTIONS["tuning"][1]
-        values["tune"] = "distill"
+    values: dict[str, Any] = {"images": effort.num_images}
+    for section, config in (("synthesis", effort.synthesis), ("tuning", effort.tuning)):
+        short = _SECTIONS[section][1]
         values.update({
-            key if key in short else f"tuning.{key}": value for key, value in vars(effort.tuning).items()
+            key if key in short else f"{section}.{key}": value
+            for key, value in ({} if config is None else vars(config)).items()
         })  # fmt: skip
-    return values
+    return values if effort.tuning is None else {**values, "tune": "distill"}
 
 
 def _image_values(run: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SynthesisError
 from maskaq_brevitas.files import load_json
 from maskaq_brevitas.files import save_json
+from maskaq_brevitas.modes import fitting_precision
 from maskaq_brevitas.tuning.calibrate import is_calibrated
 
 FAST = SynthesisConfig(steps=2, warmup_steps=1, batch_size=4, procedural_share=0.0)
@@ -120,8 +121,11 @@ def test_bad_arguments(tiny_vit):
 def test_effort_sets_what_is_not_given(tiny_vit):
     best = EFFORTS["best"]
     calibrator = DataFreeCalibrator(tiny_vit, effort="best", progress=False)
-    assert (len(calibrator.pool), calibrator.tuning) == (best.num_images, (best.tuning,))
-    assert (calibrator.synthesis.steps, calibrator.synthesis.procedural_share) == (best.steps, best.procedural_share)
+    computed = fitting_precision("auto", torch.device("cpu"))
+    assert len(calibrator.pool) == best.num_images
+    assert calibrator.tuning == (dataclasses.replace(best.tuning, precision=computed),)
+    assert calibrator.synthesis == dataclasses.replace(best.synthesis, precision=computed)
+    assert calibrator.identity()["synthesis"]["precision"] == computed  # what it comes to on this machine
     calibrator = DataFreeCalibrator(tiny_vit, effort="best", num_images=9, steps=3, tuning=[], progress=False)
     assert (len(calibrator.pool), calibrator.synthesis.steps, calibrator.tuning) == (9, 3, ())
     assert len(DataFreeCalibrator(tiny_vit, progress=False).pool) == EFFORTS["fast"].num_images

@@ -94,6 +94,8 @@ def test_an_effort_sets_defaults_and_what_is_said_still_counts(tmp_path):
     )
     assert vars(options)["tuning.drawn_images"] == 3
     assert vars(options)["tuning.feature_weight"] == best.tuning.feature_weight > 0
+    assert vars(options)["synthesis.kept_tokens"] == best.synthesis.kept_tokens < 1
+    assert vars(options)["synthesis.precision"] == vars(options)["tuning.precision"] == "auto"
     (tmp_path / "saved.yaml").write_text(to_yaml(options))
     again = parse("quantize", ["--config", str(tmp_path / "saved.yaml")])
     assert {**vars(again), "config": None} == {**vars(options), "config": None}
@@ -109,7 +111,8 @@ def test_an_effort_fits_a_model_that_needs_all_tokens(tmp_path, capsys, monkeypa
         "--tuning.batch_size", "2", "--tuning.drawn_images", "2", "--out",
     ]  # fmt: skip
     assert cli.main([*told, str(tmp_path / "run")]) == 0
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["tuning"]["kept_tokens"] == 1
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["tuning"]["kept_tokens"] == saved["synthesis"]["kept_tokens"] == 1
     assert cli.main([*told, str(tmp_path / "run"), "--resume"]) == 0
     assert cli.main([*told, str(tmp_path / "other"), "--tuning.kept_tokens", "0.25"]) != 0
     assert "No tokens of SwinTransformer can be left out" in capsys.readouterr().err

@@ -19,7 +19,9 @@ from maskaq_brevitas.options import parse
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(maskaq_brevitas.__file__).parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("integration/**/README.md")])
+DOCUMENTS = sorted([
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("integration/**/README.md"), *ROOT.glob("examples/**/*.md")
+])  # fmt: skip
 
 
 def module_name(path):

@@ -73,7 +73,8 @@ class SynthesisConfig:
         flip: random horizontal flip in each iteration. Off: a mirrored digit or letter is another one.
         colour_shift, colour_scale: strength of the random per-channel shift (decays to 0 over the run) and of the
             scale, in units of the normalised image.
-        precision: arithmetic of the two networks; images and losses stay in float32.
+        precision: arithmetic of the two networks; images and losses stay in float32. ``"auto"``: bfloat16 where the
+            hardware multiplies in it.
         memory_mib: what autograd may keep of the two networks at once, in MiB: a batch passes through them in parts
             that fit, for the same gradient. ``None``: 640 on a CPU (larger parts are not faster there), half of the
             free memory on a GPU.
@@ -111,7 +112,7 @@ class SynthesisConfig:
     flip: bool = False
     colour_shift: float = 0.5
     colour_scale: float = 0.1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     memory_mib: int | None = None
     max_redraws: int = 3
 
@@ -147,7 +148,7 @@ class SynthesisConfig:
         check_choice("init", self.init, ("gaussian", "low_frequency", "dead_leaves", "scenes"))
         check_choice("parameterization", self.parameterization, ("pixel", "spectrum"))
         check_choice("tv_norm", self.tv_norm, ("l2", "l1"))
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
+        check_choice("precision", self.precision, ("float32", "bfloat16", "auto"))
 
     @classmethod
     def published(cls, **changes: Any) -> SynthesisConfig:

@@ -67,7 +67,8 @@ class DistillConfig:
             kept, 384 images and 256 drawn ones, 200 steps, light is better: KL divergence on crops of photographs 1.32
             nats, cutmix 1.37. On ``digits_vit`` at w3a3 (two seeds) light and published differ by less than their
             spread.
-        precision: arithmetic of the two networks; losses and optimiser stay in float32.
+        precision: arithmetic of the two networks; losses and optimiser stay in float32. ``"auto"``: bfloat16 where the
+            hardware multiplies in it.
         compile: whether ``torch.compile`` fuses the blocks of both networks, which more than halves the time of a step
             and costs about half a minute: ``"auto"`` (if the tuning is long enough), ``"always"`` or ``"never"``. Not
             with a context distance, which has to look inside the blocks.
@@ -97,7 +98,7 @@ class DistillConfig:
     last_feature_weight: float = 0.0
     include_prefix: bool = False
     augment: Literal["none", "light", "mixed", "strong", "published", "cutmix"] = "cutmix"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     compile: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
@@ -137,7 +138,7 @@ class DistillConfig:
         check_choice("refresh_start", self.refresh_start, ("images", "noise"))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("augment", self.augment, ("none", "light", "mixed", "strong", "published", "cutmix"))
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
+        check_choice("precision", self.precision, ("float32", "bfloat16", "auto"))
         check_choice("compile", self.compile, ("auto", "always", "never"))
 
     @classmethod

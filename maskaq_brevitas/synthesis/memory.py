@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from maskaq_brevitas.modes import Precision
 from maskaq_brevitas.modes import arithmetic
 
 __all__ = ["auto_batch_size", "fitting", "graph_bytes", "is_out_of_memory", "parts"]
@@ -17,20 +18,20 @@ _CPU_BYTES = 640 * 2**20
 _SMALLEST_BATCH = 16
 
 
-def graph_bytes(model: nn.Module, image: Tensor, *, precision: str = "float32") -> int:
+def graph_bytes(model: nn.Module, image: Tensor, *, precision: Precision = "float32") -> int:
     """Bytes that autograd keeps of each image between the forward and the backward pass through a frozen model.
 
     Args:
         model: without trainable parameters, on the device of ``image``.
         image: ``(1, channels, height, width)``.
-        precision: ``"float32"`` or ``"bfloat16"`` (autocast).
+        precision: as in :func:`~maskaq_brevitas.modes.arithmetic`.
     """
     # The difference of two passes: what does not grow with the batch, as weights cast to bfloat16, drops out. One image
     # alone is no measure: views of it stay contiguous where those of a batch are copied.
     return _kept(model, image.repeat(3, 1, 1, 1), precision) - _kept(model, image.repeat(2, 1, 1, 1), precision)
 
 
-def _kept(model: nn.Module, images: Tensor, precision: str) -> int:
+def _kept(model: nn.Module, images: Tensor, precision: Precision) -> int:
     kept: dict[int, Tensor] = {}  # the tensors themselves: a freed storage would give its address to another
 
     def note(tensor: Tensor) -> Tensor:

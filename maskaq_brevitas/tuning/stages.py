@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from typing import TypeVar
 
+import torch
 from torch import nn
 
 from maskaq_brevitas.config import DistillConfig
+from maskaq_brevitas.config import Effort
 from maskaq_brevitas.config import ReconstructConfig
+from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import TuningConfig
 from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
+from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.models.token_choice import why_all_tokens
+from maskaq_brevitas.modes import fitting_precision
 
-__all__ = ["STAGE_NAMES", "check_tuning", "described_tuning", "fitting_tuning", "tuning_stages"]
+__all__ = ["STAGE_NAMES", "check_tuning", "described_tuning", "fitting_effort", "tuning_stages", "with_precision"]
+
+AnyConfig = TypeVar("AnyConfig", bound=SynthesisConfig | TuningConfig)
 
 _KINDS: dict[type, str] = {DistillConfig: "distill", ReconstructConfig: "reconstruct"}
 #: What reports call a stage, by its configuration.
@@ -60,9 +68,38 @@ def check_tuning(tunings: tuple[TuningConfig, ...], float_model: nn.Module, quan
         features_behind(float_model, block_names(float_model)[-1])
 
 
-def fitting_tuning(tuning: DistillConfig | None, model: nn.Module) -> DistillConfig | None:
-    """The tuning of an effort, with all tokens where the model needs all."""
-    return replace(tuning, kept_tokens=1.0) if tuning is not None and why_all_tokens(model) else tuning
+def fitting_effort(effort: Effort, *models: nn.Module) -> Effort:
+    """An effort with all tokens where a model needs all, and without last features where it names none.
+
+    Args:
+        effort: named by the user, who may not know that.
+        models: the float model, and a quant model if it was given.
+    """
+    tuning, all_tokens = effort.tuning, any(why_all_tokens(model) for model in models)
+    if all_tokens:
+        effort = replace(effort, synthesis=replace(effort.synthesis, kept_tokens=1.0))
+    if tuning is not None:
+        if all_tokens:
+            tuning = replace(tuning, kept_tokens=1.0)
+        if tuning.last_feature_weight > 0 and not all(_names_last_features(model) for model in models):
+            tuning = replace(tuning, last_feature_weight=0.0)
+        effort = replace(effort, tuning=tuning)
+    return effort
+
+
+def _names_last_features(model: nn.Module) -> bool:
+    try:
+        features_behind(model, block_names(model)[-1])
+    except ModelError:
+        return False
+    return True
+
+
+def with_precision(config: AnyConfig, device: torch.device) -> AnyConfig:
+    """``config`` with the arithmetic that ``precision="auto"`` means on a device."""
+    if isinstance(config, ReconstructConfig):
+        return config
+    return replace(config, precision=fitting_precision(config.precision, device))
 
 
 def described_tuning(tunings: tuple[TuningConfig, ...]) -> dict[str, Any]:
