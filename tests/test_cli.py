@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from maskaq_brevitas import cli
-from maskaq_brevitas import commands
+from maskaq_brevitas.commands import quantizing
 from maskaq_brevitas.config import EFFORTS
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
@@ -105,7 +105,7 @@ def test_an_effort_sets_defaults_and_what_is_said_still_counts(tmp_path):
 
 def test_an_effort_fits_a_model_that_needs_all_tokens(tmp_path, capsys, monkeypatch):
     swin = small_model(SWIN, "swin_tiny_patch4_window7_224")
-    monkeypatch.setattr(commands, "load_model", lambda *_names, **_options: copy.deepcopy(swin))
+    monkeypatch.setattr(quantizing, "load_model", lambda *_names, **_options: copy.deepcopy(swin))
     told = [
         "quantize", "swin", "--effort", "best", *SHORT, "--epochs", "1", "--tuning.steps_per_epoch", "1",
         "--tuning.batch_size", "2", "--tuning.drawn_images", "2", "--out",

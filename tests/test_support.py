@@ -49,6 +49,6 @@ def test_the_command_can_measure(capsys, monkeypatch):
         asked.append((family.name, example))
         return support.SupportCheck(row=measured, off_difference=0.0, quantized_share=1.0)
 
-    monkeypatch.setattr("maskaq_brevitas.commands.check_support", check)
+    monkeypatch.setattr("maskaq_brevitas.commands.listings.check_support", check)
     assert main(["models", row.example, "--check"]) == 0
     assert asked == [(row.family, row.example)] and "measured now" in capsys.readouterr().out

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from maskaq_brevitas.commands import _labelled_data
-from maskaq_brevitas.commands import _load_run
-from maskaq_brevitas.commands import _saved_options
+from maskaq_brevitas.commands.common import labelled_data
+from maskaq_brevitas.commands.common import load_run
+from maskaq_brevitas.commands.common import saved_options
 from maskaq_brevitas.export import QcdqModel
 from maskaq_brevitas.export import QonnxModel
 from maskaq_brevitas.export import export_qcdq
@@ -145,10 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
 
-    saved = _saved_options(Namespace(run=options.run, device="cpu", quiet=True))
+    saved = saved_options(Namespace(run=options.run, device="cpu", quiet=True))
     saved.eval_data = options.eval_data or saved.eval_data
-    calibrator = _load_run(options.run, saved)
-    data = _labelled_data(saved, calibrator.float_model).evaluation
+    calibrator = load_run(options.run, saved)
+    data = labelled_data(saved, calibrator.float_model).evaluation
     chosen = [
         data[index] for index in torch.linspace(0, len(data) - 1, min(options.limit, len(data))).round().long().tolist()
     ]
