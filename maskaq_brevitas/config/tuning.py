@@ -55,11 +55,15 @@ class DistillConfig:
             divergence of outputs it hardly learns images by heart: in a w3a3 run of 3,400 steps it was 0.47 on images
             trained on and 0.48 on others, the divergence 0.9 and 2.8.
         last_feature_weight: coefficient of the error of the features that the classifier reads
-            (:func:`~maskaq_brevitas.tuning.losses.centred_error`); 0 leaves it out.
+            (:func:`~maskaq_brevitas.tuning.losses.centred_error`); 0 leaves it out. 10, with a ``feature_weight`` of 10
+            and ``augment="strong"``, brought all these errors down on images never seen, and top-1 not up: ViT-Tiny at
+            w4a8 83.0 % (without 83.2), at w3a3 28.4 % (30.9).
         include_prefix: whether prefix tokens (the class token) count in the context distance. On ``digits_vit`` at w4a4
             (64 images, 15 epochs, one seed) it changed top-1 by one test image of 599.
         augment: ``"none"``; ``"light"`` (random resized crop of at least 70 % of the area); ``"mixed"`` (the
-            same, half of them mirrored, and in half of them a box of another); ``"published"`` (random
+            same, half of them mirrored, and in half of them a box of another); ``"strong"`` (crops of at least 30 %,
+            turned by up to 20 degrees, half of them mirrored, in other light and colours, some blurred, and in half of
+            them blots of another); ``"published"`` (random
             resized crop, flip, colour jitter, grayscale, blur); ``"cutmix"`` (the same, then a box of each image is
             replaced by that of another: the teacher labels what results). Measured on ViT-Tiny at w4a4 (56 synthetic
             images, 160 steps, bfloat16, one seed; agreement with the float model on crops of the photographs shipped
