@@ -55,7 +55,7 @@ def fitting_precision(precision: Precision, device: torch.device) -> Literal["fl
     elif hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:  # torch before 2.12
+    else:  # an older torch
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
 
