@@ -92,6 +92,7 @@ def calibrator_options(options: Namespace) -> dict[str, Any]:
 
 
 def named_device(name: str) -> torch.device:
+    """The device of a name; raises ConfigurationError, in torch's words, if this machine has none such."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

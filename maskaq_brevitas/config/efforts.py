@@ -44,11 +44,11 @@ def _distillation(**values: Any) -> DistillConfig:
     0.89, 1.02 and 1.14. On 48 images, ``augment`` as ``light``, ``mixed`` and ``cutmix``: 1.10, 1.04 and 1.01 (on 768,
     ``mixed`` 1.11).
     """
-    return DistillConfig(**{**dict(
+    return DistillConfig(
         steps_per_epoch=50, refresh_every=None, distance_weight=0.0, feature_weight=1.0, temperature=2.0,
         augment="light", learning_rate=4e-5, final_learning_rate=4e-7, weight_learning_rate=2e-3,
-        scale_learning_rate=5e-3, precision="auto",
-    ), **values})  # fmt: skip
+        scale_learning_rate=5e-3, precision="auto", **values,
+    )  # fmt: skip
 
 
 #: ``fast`` only calibrates. The others distil the outputs of all blocks, on the pool and on drawn images.

@@ -17,7 +17,6 @@ from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import TuningConfig
 from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
-from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.models.token_choice import why_all_tokens
@@ -69,30 +68,20 @@ def check_tuning(tunings: tuple[TuningConfig, ...], float_model: nn.Module, quan
 
 
 def fitting_effort(effort: Effort, *models: nn.Module) -> Effort:
-    """An effort with all tokens where a model needs all, and without last features where it names none.
+    """An effort with all tokens where a model needs all.
 
     Args:
         effort: named by the user, who may not know that.
         models: the float model, and a quant model if it was given.
     """
-    tuning, all_tokens = effort.tuning, any(why_all_tokens(model) for model in models)
-    if all_tokens:
-        effort = replace(effort, synthesis=replace(effort.synthesis, kept_tokens=1.0))
-    if tuning is not None:
-        if all_tokens:
-            tuning = replace(tuning, kept_tokens=1.0)
-        if tuning.last_feature_weight > 0 and not all(_names_last_features(model) for model in models):
-            tuning = replace(tuning, last_feature_weight=0.0)
-        effort = replace(effort, tuning=tuning)
-    return effort
-
-
-def _names_last_features(model: nn.Module) -> bool:
-    try:
-        features_behind(model, block_names(model)[-1])
-    except ModelError:
-        return False
-    return True
+    if not any(why_all_tokens(model) for model in models):
+        return effort
+    tuning = effort.tuning
+    return replace(
+        effort,
+        synthesis=replace(effort.synthesis, kept_tokens=1.0),
+        tuning=None if tuning is None else replace(tuning, kept_tokens=1.0),
+    )
 
 
 def with_precision(config: AnyConfig, device: torch.device) -> AnyConfig:
