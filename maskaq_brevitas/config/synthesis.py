@@ -67,10 +67,16 @@ class SynthesisConfig:
         kept_tokens: share of the patches that both networks still see at the end: those that receive least attention
             are dropped in four cuts before 40 % of the iterations (sparse inversion), and an iteration costs less and
             less. What they show is then shaped by total variation alone. 1 drops none.
+        view_area: below 1, each iteration shows the networks a part of the image, turned a little, at full size: at
+            least this share of its area, drawn for each image. What is recognised then has the size of an object, not
+            of a texture (the transformations of Olah, Mordvintsev, Schubert: Feature Visualization, 2017). Nothing is
+            rolled then, and ``kept_tokens`` drops patches at random, others in each iteration.
+        view_turn: largest angle of such a part, in degrees.
         jitter: the image is rolled by up to this many pixels in each direction, first half of the run; pixels of an
             image whose shorter side is 224, scaled to the model's size.
         late_jitter: the same, second half.
-        flip: random horizontal flip in each iteration. Off: a mirrored digit or letter is another one.
+        flip: random horizontal flip in each iteration (of all images; with ``view_area``, of each by itself). Off: a
+            mirrored digit or letter is another one.
         colour_shift, colour_scale: strength of the random per-channel shift (decays to 0 over the run) and of the
             scale, in units of the normalised image.
         precision: arithmetic of the two networks; images and losses stay in float32. ``"auto"``: bfloat16 where the
@@ -107,6 +113,8 @@ class SynthesisConfig:
     mask_drop: float = 0.3
     mask_enabled: bool = True
     kept_tokens: float = 1.0
+    view_area: float = 1.0
+    view_turn: float = 10.0
     jitter: int = 8
     late_jitter: int = 16
     flip: bool = False
@@ -127,13 +135,13 @@ class SynthesisConfig:
         for name in ("learning_rate", "final_learning_rate"):
             if not finite_number(getattr(self, name)) > 0:
                 raise ConfigurationError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
-        for name in ("mask_start", "mask_end", "kept_tokens"):
+        for name in ("mask_start", "mask_end", "kept_tokens", "view_area"):
             if not 0 < finite_number(getattr(self, name)) <= 1:
                 raise ConfigurationError(f"{name}: expected a share in (0, 1], got {getattr(self, name)!r}.")
         for name in ("mask_drop", "procedural_share"):
             if not 0 <= finite_number(getattr(self, name)) < 1:
                 raise ConfigurationError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}.")
-        for name in ("colour_shift", "colour_scale") + tuple(_TERM_WEIGHTS):
+        for name in ("colour_shift", "colour_scale", "view_turn") + tuple(_TERM_WEIGHTS):
             if not finite_number(getattr(self, name)) >= 0:
                 raise ConfigurationError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}.")
         if not any(getattr(self, name) > 0 for name in _TERM_WEIGHTS if name != "align_weight"):

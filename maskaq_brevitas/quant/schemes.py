@@ -39,11 +39,14 @@ def weight_quantizer(bits: int, scheme: Scheme) -> Any:
     """Brevitas quantizer class for a weight: per output channel, symmetric, integer, learnable float scale.
 
     ``parameter_from_stats`` makes the scale a parameter. With Brevitas' default (a statistic of the weight, recomputed
-    on each forward) GPTQ has no effect, because it quantizes column by column. At 2 bits the full range {-2 .. 1} is
-    used: the narrow one would leave three levels.
+    on each forward) GPTQ has no effect, because it quantizes column by column. The whole range is used ({-4 .. 3} at 3
+    bits) where it is worth a level: Brevitas' narrow one has one of eight less. Not at 8 bits, and not where the range
+    is that of the largest weight, of either sign (but for 2 bits, where three levels would be left).
     """
-    base = Int8WeightPerChannelFloatMSE if scheme.weight_range == "mse" else Int8WeightPerChannelFloat
-    return base.let(bit_width=bits, narrow_range=bits > 2, scaling_impl_type="parameter_from_stats")
+    searched = scheme.weight_range == "mse"
+    base = Int8WeightPerChannelFloatMSE if searched else Int8WeightPerChannelFloat
+    narrow = bits >= 8 if searched else bits > 2
+    return base.let(bit_width=bits, narrow_range=narrow, scaling_impl_type="parameter_from_stats")
 
 
 def activation_quantizer(kind: ValueKind, bits: int, scheme: Scheme, channels: int | None = None) -> Any:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["draw_colours", "draw_roll", "gaussian_images", "low_frequency_images", "natural_amplitude", "pixel_noise"]
+__all__ = [
+    "cut_out",
+    "draw_colours",
+    "draw_crops",
+    "draw_roll",
+    "gaussian_images",
+    "low_frequency_images",
+    "natural_amplitude",
+    "pixel_noise",
+]
 
 
 def gaussian_images(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
@@ -81,3 +93,37 @@ def draw_colours(
     shape = (batch, channels, 1, 1)
     offsets = (torch.rand(shape, generator=generator) * 2 - 1) * shift
     return torch.exp(torch.randn(shape, generator=generator) * scale), offsets
+
+
+def draw_crops(
+    shape: tuple[int, ...], area: float, degrees: float, mirrored: float, generator: torch.Generator
+) -> Tensor:
+    """Where random parts of images lie, for :func:`cut_out`: ``(batch, 2, 3)`` from coordinates in the part to ones in
+    the image, both from -1 to 1.
+
+    Args:
+        shape: of the images, ``(batch, channels, height, width)``.
+        area: the smallest share of the image; the largest is all of it. Sides change by up to 4 : 3.
+        degrees: largest angle that a part is turned by.
+        mirrored: share of the parts that are mirrored.
+        generator: random source on the CPU.
+    """
+    count, height, width = shape[0], shape[-2], shape[-1]
+    share, ratio, across, down, angle, mirror = torch.rand(6, count, generator=generator)
+    share, ratio = area + (1 - area) * share, (4 / 3) ** (2 * ratio - 1)
+    widths, heights = (share * ratio).sqrt().clamp(max=1), (share / ratio).sqrt().clamp(max=1)
+    angle = math.radians(degrees) * (2 * angle - 1)
+    sides = 1 - 2 * (mirror < mirrored).float()
+    # A rotation has to know the shape of the image.
+    lines = torch.zeros(count, 2, 3)
+    lines[:, 0, 0], lines[:, 0, 1] = sides * widths * angle.cos(), -heights * angle.sin() * height / width
+    lines[:, 1, 0], lines[:, 1, 1] = sides * widths * angle.sin() * width / height, heights * angle.cos()
+    lines[:, 0, 2], lines[:, 1, 2] = (2 * across - 1) * (1 - widths), (2 * down - 1) * (1 - heights)
+    return lines
+
+
+def cut_out(images: Tensor, lines: Tensor) -> Tensor:
+    """The parts of images that :func:`draw_crops` names, at the size of the whole; outside of an image is its
+    reflection."""
+    grid = F.affine_grid(lines.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

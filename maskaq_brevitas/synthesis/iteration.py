@@ -95,6 +95,7 @@ class Gradient:
 class _Draws:
     """All that an iteration leaves to chance, drawn for the whole batch, so that no result depends on its parts."""
 
+    crops: Tensor | None  # (batch, 2, 3); None: rolled by the offset, and perhaps mirrored
     down: int
     right: int
     flipped: bool
@@ -197,12 +198,18 @@ def _draw(
     generator: torch.Generator,
 ) -> _Draws:
     geometry, config = both.geometry, both.config
-    reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
+    tokens.draw(generator)
+    reach, crops = 0, None
+    if config.view_area < 1:
+        mirrored = 0.5 if config.flip else 0.0
+        crops = augment.draw_crops(tuple(images.shape), config.view_area, config.view_turn, mirrored, generator)
+    else:
+        reach = round((config.jitter if progress < 0.5 else config.late_jitter) * min(geometry.input_size[1:]) / 224)
     down, right = augment.draw_roll(reach, generator)
     factors, offsets = augment.draw_colours(
         len(images), images.shape[1], config.colour_shift * (1 - progress), config.colour_scale, generator
     )
-    flipped = config.flip and bool(torch.rand((), generator=generator) < 0.5)
+    flipped = crops is None and config.flip and bool(torch.rand((), generator=generator) < 0.5)
     patches = tokens.places.shape[1]
     modules = len(attention_modules(both.float_snapshot))
     queries = [patches] * modules  # of each layer
@@ -215,7 +222,7 @@ def _draw(
     entropy_rows = _rows(config.entropy_rows, queries, generator) if config.entropy_weight > 0 else None
     layers = (modules,) if config.mask_per_layer and config.mask_enabled else ()
     dropping = torch.rand((*layers, len(images), patches), generator=generator)
-    return _Draws(down, right, flipped, factors, offsets, head_rows, entropy_rows, dropping)
+    return _Draws(crops, down, right, flipped, factors, offsets, head_rows, entropy_rows, dropping)
 
 
 def _of_part(
@@ -256,7 +263,10 @@ def _terms(
 ) -> dict[str, tuple[float, Tensor]]:
     """Weight and value ``(images,)`` of every term that is switched on, from one forward pass of each network."""
     geometry, config = both.geometry, both.config
-    x = torch.roll(images, shifts=(draws.down, draws.right), dims=(-2, -1))
+    if draws.crops is None:
+        x = torch.roll(images, shifts=(draws.down, draws.right), dims=(-2, -1))
+    else:
+        x = augment.cut_out(images, draws.crops[part])
     x = x * draws.factors[part].to(x) + draws.offsets[part].to(x)
     x = x.flip(-1) if draws.flipped else x
     if both.choice is not None:

@@ -33,6 +33,7 @@ from maskaq_brevitas.synthesis.parameterize import PixelParameter
 from maskaq_brevitas.synthesis.parameterize import SpectrumParameter
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.scenes import scene_images
+from maskaq_brevitas.synthesis.tokens import DrawnTokens
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 
 __all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "seen_by", "synthesize"]
@@ -110,7 +111,8 @@ def synthesize(
     batch = SynthesizedBatch(images=torch.empty(0), informative=torch.empty(0))
     final_rate = min(config.final_learning_rate, peak_rate)
 
-    tokens = KeptTokens(geometry, len(labels), config.kept_tokens)
+    chosen = DrawnTokens if config.view_area < 1 else KeptTokens
+    tokens = chosen(geometry, len(labels), config.kept_tokens)
     found: Gradient | None = None
     with networks(float_snapshot, quant_snapshot, geometry, config, parameter.images()) as both:
         for step in range(steps):

@@ -1,4 +1,5 @@
-"""Which patches both networks still see while images are synthesised: the informative ones, fewer as the run goes on.
+"""Which patches both networks still see while images are synthesised: the informative ones, fewer as the run goes on,
+or with views any.
 
 Sparse model inversion (Hu et al., ICML 2024): what an image is about settles early in a few patches, and the others
 cost as much and are pushed towards noise.
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.models.token_choice import draw_tokens
 from maskaq_brevitas.models.token_choice import patch_tokens
 
-__all__ = ["KeptTokens"]
+__all__ = ["DrawnTokens", "KeptTokens"]
 
 # Shares of the run behind which patches are dropped, each time by the same ratio.
 _CUTS = (0.1, 0.2, 0.3, 0.4)
@@ -35,6 +37,9 @@ class KeptTokens:
         self.share = share
         self.cuts = 0
         self.places = torch.arange(geometry.patches).expand(batch, -1)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Called before each iteration."""
 
     def is_due(self, progress: float) -> bool:
         """Whether patches have to be dropped before the iteration at ``progress`` (0 at the first one, 1 at the last).
@@ -72,3 +77,27 @@ class KeptTokens:
         if flipped:
             column = columns - 1 - column
         return patch_tokens(row * columns + column, self.geometry.prefix_tokens)
+
+
+class DrawnTokens(KeptTokens):
+    """As many patches as :class:`KeptTokens` keeps, but drawn anew for each iteration: for views, in which the same
+    place shows another part of the image each time. Which ones attention falls on does not matter.
+    """
+
+    def __init__(self, geometry: Geometry, batch: int, share: float):
+        super().__init__(geometry, batch, share)
+        self.count = geometry.patches
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw the patches of the next iteration."""
+        if self.count < self.geometry.patches:
+            prefix = self.geometry.prefix_tokens
+            drawn = draw_tokens(len(self.places), self.geometry.patches, self.count, prefix, generator)
+            self.places = drawn[:, prefix:] - prefix
+
+    def cut(self, received: Tensor, progress: float) -> None:
+        self.cuts = sum(progress >= cut for cut in _CUTS)
+        self.count = max(1, round(self.geometry.patches * self.share ** (self.cuts / len(_CUTS))))
+
+    def tokens(self, down: int, right: int, flipped: bool) -> Tensor:
+        return patch_tokens(self.places, self.geometry.prefix_tokens)

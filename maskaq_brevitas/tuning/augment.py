@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch import nn
@@ -12,6 +10,8 @@ from torchvision.transforms import v2
 
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.modes import seeded
+from maskaq_brevitas.synthesis.augment import cut_out
+from maskaq_brevitas.synthesis.augment import draw_crops
 
 __all__ = ["augment"]
 
@@ -32,7 +32,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, geometry: Geo
         crops = _large_crops(images, generator)
         return crops if kind == "light" else _mirrored_and_mixed(crops, generator)
     if kind == "strong":
-        shares = _turned_crops(images, generator)
+        shares = cut_out(images, draw_crops(tuple(images.shape), 0.3, 20, 0.5, generator))
         shares = shares if geometry is None else geometry.denormalize(shares)
         shares = _other_light(shares, generator)
         return _blended(shares if geometry is None else geometry.normalize(shares), generator)
@@ -84,26 +84,6 @@ def _mirrored_and_mixed(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # Those below take a whole batch in each call: on a GPU it is the number of calls that costs.
-
-
-def _turned_crops(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A part of each image with 30 to 100 % of its area, turned by up to 20 degrees, half of them mirrored.
-
-    What lies outside of the image is its reflection.
-    """
-    count, _, height, width = images.shape
-    area, ratio, across, down, angle, mirrored = torch.rand(6, count, generator=generator)
-    area, ratio = 0.3 + 0.7 * area, (4 / 3) ** (2 * ratio - 1)
-    widths, heights = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    angle = math.radians(20) * (2 * angle - 1)
-    sides = 1 - 2 * (mirrored < 0.5).float()
-    # Coordinates from -1 to 1, in which a rotation has to know the shape of the image.
-    lines = torch.zeros(count, 2, 3)
-    lines[:, 0, 0], lines[:, 0, 1] = sides * widths * angle.cos(), -heights * angle.sin() * height / width
-    lines[:, 1, 0], lines[:, 1, 1] = sides * widths * angle.sin() * width / height, heights * angle.cos()
-    lines[:, 0, 2], lines[:, 1, 2] = (2 * across - 1) * (1 - widths), (2 * down - 1) * (1 - heights)
-    grid = F.affine_grid(lines.to(images), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def _other_light(shares: Tensor, generator: torch.Generator) -> Tensor:

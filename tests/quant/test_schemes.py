@@ -38,7 +38,8 @@ def test_weights_use_all_levels_they_should(tiny_vit, bits, weight_range):
     assert scale.shape == (256, 1) and len(scale.unique()) > 200  # one per output channel
     codes = (quantized.value / scale).round()
     torch.testing.assert_close(codes * scale, quantized.value)
-    low = -2 if bits == 2 else -(2 ** (bits - 1)) + 1  # narrow but for 2 bits, which would have three levels
+    narrow = bits == 8 or (weight_range == "minmax" and bits > 2)
+    low = -(2 ** (bits - 1)) + int(narrow)
     assert (codes.min(), codes.max()) == (low, 2 ** (bits - 1) - 1)
     if bits == 2:
         assert codes.unique().tolist() == [-2, -1, 0, 1]

@@ -58,3 +58,38 @@ def test_colours_are_drawn_per_image_and_channel():
     assert factors.unique().numel() == offsets.unique().numel() == 150
     factors, offsets = augment.draw_colours(2, 1, 0.0, 0.0, generator())
     assert (factors == 1).all() and (offsets == 0).all()
+
+
+def coordinates(height, width):
+    """An image that is its own coordinates in pixels from its middle, across and down, so that it tells a movement."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([columns - (width - 1) / 2, rows - (height - 1) / 2])
+
+
+def test_parts_are_turned_mirrored_and_cut_without_shear():
+    """The map between pixels is a turn of at most 20 degrees, a mirror, and two sides that are scaled."""
+    count, height, width = 64, 48, 80
+    images = coordinates(height, width).expand(count, -1, -1, -1)
+    found = augment.cut_out(images, augment.draw_crops(tuple(images.shape), 0.3, 20, 0.5, generator()))
+    middle = found[:, :, height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4]
+    across = (middle[..., :, 1:] - middle[..., :, :-1]).flatten(2).median(dim=2).values  # (count, 2)
+    down = (middle[..., 1:, :] - middle[..., :-1, :]).flatten(2).median(dim=2).values
+    # Reflected middles apart, the two directions of the cut stand upright on one another.
+    cosine = (across * down).sum(1) / across.norm(dim=1) / down.norm(dim=1)
+    assert float(cosine.abs().max()) < 1e-3
+    turn = torch.rad2deg(torch.atan2(across[:, 1], across[:, 0].abs()))
+    assert 15 < float(turn.abs().max()) <= 20 + 1e-3
+    area = across.norm(dim=1) * down.norm(dim=1)
+    assert 0.29 < float(area.min()) < 0.4 and 0.85 < float(area.max()) <= 1 + 1e-4
+    mirrored = (across[:, 0] < 0).float().mean()
+    assert 0.3 < float(mirrored) < 0.7
+
+
+def test_unturned_parts_of_the_whole_area_are_the_image():
+    images = torch.rand(3, 2, 12, 20, generator=generator())
+    lines = augment.draw_crops(tuple(images.shape), 1.0, 0.0, 0.0, generator())
+    # Of all parts that keep the area, those within the image have its shape.
+    whole = lines[:, 0, 0].minimum(lines[:, 1, 1])
+    assert float(whole.min()) > 0.74  # sides change by up to 4 : 3
+    lines[:, [0, 1], [0, 1]], lines[:, :, 2] = 1.0, 0.0
+    torch.testing.assert_close(augment.cut_out(images, lines), images, atol=1e-5, rtol=0)

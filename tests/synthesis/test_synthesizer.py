@@ -15,6 +15,7 @@ from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
+from maskaq_brevitas.synthesis import augment
 from maskaq_brevitas.synthesis import masks
 from maskaq_brevitas.synthesis.synthesizer import masked_alignment
 from maskaq_brevitas.synthesis.synthesizer import synthesize
@@ -60,6 +61,27 @@ def state(model):
 
 def same_state(one, other):
     return one[1:] == other[1:] and all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
+@pytest.mark.parametrize("kept", (1.0, 0.5))
+def test_images_made_in_views_are_recognised_whole_and_in_parts(digits_vit, kept):
+    """What only fits at its place and size does not survive being cut out and turned."""
+    geometry, snapshot = read_geometry(digits_vit), float_snapshot(digits_vit)
+    labels = torch.arange(10).repeat(2)
+    shares = []
+    for area in (0.5, 1.0):
+        config = SynthesisConfig(
+            steps=30, learning_rate=0.1, view_area=area, kept_tokens=kept, jitter=0, late_jitter=0, align_weight=0
+        )
+        batch = synthesize(
+            snapshot, None, geometry, labels, config, generator=torch.Generator().manual_seed(0)
+        )
+        assert batch.trace["class"][1] < 0.7 * batch.trace["class"][0]
+        lines = augment.draw_crops(tuple(batch.images.shape), 0.5, 10, 0, torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            seen = snapshot(augment.cut_out(batch.images, lines)).argmax(dim=1)
+        shares.append(float((seen == labels).float().mean()))
+    assert shares[0] > shares[1] + 0.1, shares
 
 
 @pytest.mark.parametrize("parameterization", ("pixel", "spectrum"))

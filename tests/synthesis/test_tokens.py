@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from maskaq_brevitas.models.geometry import Geometry
+from maskaq_brevitas.synthesis.tokens import DrawnTokens
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 
 GEOMETRY = Geometry(
@@ -51,3 +52,23 @@ def test_all_are_kept_by_default():
     kept = KeptTokens(GEOMETRY, 1, 1.0)
     assert not kept.is_due(1.0)
     assert kept.tokens(0, 0, False).tolist() == [list(range(17))]
+
+
+def test_for_views_patches_are_drawn_anew_each_time():
+    drawn, generator = DrawnTokens(GEOMETRY, 2, 0.4), torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    drawn.draw(generator)
+    assert torch.equal(generator.get_state(), state)  # all are kept: nothing to draw
+    assert drawn.tokens(0, 0, False).tolist() == [list(range(17))] * 2
+    assert drawn.is_due(1.0)
+    drawn.cut(torch.zeros(2, 15), 1.0)
+    assert not drawn.is_due(1.0)
+    found = []
+    for _ in range(40):
+        drawn.draw(generator)
+        tokens = drawn.tokens(3, 5, False)
+        assert tokens.shape == (2, 8) and tokens[:, :2].tolist() == [[0, 1]] * 2
+        assert all(len(set(row)) == 8 for row in tokens.tolist())
+        found.append(tokens[:, 2:] - 2)
+    counts = torch.bincount(torch.cat(found).flatten(), minlength=15)  # of 80 draws of 6 in 15
+    assert counts.min() > 15 and counts.max() < 50

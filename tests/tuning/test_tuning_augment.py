@@ -68,30 +68,6 @@ def test_light_augmentation_cuts_a_large_part_out_of_each_image():
     assert len({round(float(image.mean()), 3) for image in found[:, 0]}) > 32  # in different places
 
 
-def coordinates(height, width):
-    """An image that is its own coordinates in pixels from its middle, across and down, so that it tells a movement."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([columns - (width - 1) / 2, rows - (height - 1) / 2])
-
-
-def test_strong_augmentation_turns_mirrors_and_cuts_without_shear():
-    """The map between pixels is a turn of at most 20 degrees, a mirror, and two sides that are scaled."""
-    count, height, width = 64, 48, 80
-    found = changes._turned_crops(coordinates(height, width).expand(count, -1, -1, -1), generator())
-    middle = found[:, :, height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4]
-    across = (middle[..., :, 1:] - middle[..., :, :-1]).flatten(2).median(dim=2).values  # (count, 2)
-    down = (middle[..., 1:, :] - middle[..., :-1, :]).flatten(2).median(dim=2).values
-    # Reflected middles apart, the two directions of the cut stand upright on one another.
-    cosine = (across * down).sum(1) / across.norm(dim=1) / down.norm(dim=1)
-    assert float(cosine.abs().max()) < 1e-3
-    turn = torch.rad2deg(torch.atan2(across[:, 1], across[:, 0].abs()))
-    assert 15 < float(turn.abs().max()) <= 20 + 1e-3
-    area = across.norm(dim=1) * down.norm(dim=1)
-    assert 0.29 < float(area.min()) < 0.4 and 0.85 < float(area.max()) <= 1 + 1e-4
-    mirrored = (across[:, 0] < 0).float().mean()
-    assert 0.3 < float(mirrored) < 0.7
-
-
 @pytest.mark.parametrize("channels", (1, 3, 5))
 def test_strong_augmentation_changes_light_between_black_and_white(channels):
     shares = torch.rand(64, channels, 24, 24, generator=generator())
