@@ -238,6 +238,28 @@ def test_calibrate_and_freeze(calibrator):
     assert [stage["stage"] for stage in calibrator.stages] == ["synthesis", "calibration"]
 
 
+def test_a_large_pool_is_calibrated_on_a_part_of_it(tiny_vit, monkeypatch):
+    """The same part each time, with drawn and with optimised images."""
+    monkeypatch.setattr("maskaq_brevitas.calibrator._CALIBRATED_ON", 8)
+    calibrator = DataFreeCalibrator(tiny_vit, num_images=16, steps=1, held_back=0, batch_size=4, progress=False)
+    seen, calibrate = [], calibrator._calibrated
+
+    def watched(model, batches):
+        seen.append(batches)
+        return calibrate(model, batches)
+
+    monkeypatch.setattr(calibrator, "_calibrated", watched)
+    calibrator.calibrate()
+    part = torch.cat(seen[-1])
+    assert [len(batch) for batch in seen[-1]] == [4, 4]
+    places = [int((calibrator.pool.images() == image).flatten(1).all(1).nonzero()) for image in part]
+    assert places == sorted(set(places)) and {place % 2 for place in places} == {0, 1}  # every second one is drawn
+    again = calibrator.calibrated_on()
+    assert torch.equal(torch.cat(seen[-1]), part)
+    with torch.no_grad():
+        assert torch.equal(again(part), calibrator.freeze()(part))
+
+
 def test_calibrating_twice_does_not_drift(calibrator):
     """Equalisation starts from the equalised model then: not the same bytes, but as close to the float model."""
     with torch.no_grad():
