@@ -116,7 +116,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         batch_size: images per batch of the loader.
         steps: iterations of synthesis per batch; overrides ``synthesis.steps``.
         held_back: images that only measure and select, never calibrate; ``None`` means an eighth of
-            ``num_images``, at least 8.
+            ``num_images``, 8 to 128.
         synthesis: everything else about how images are made.
         images_from: folder of a run of the same float model whose images are taken instead of making new ones: those
             of one run serve for several schemes. ``num_images``, ``held_back`` and ``synthesis`` are that run's. The
@@ -200,7 +200,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             synthesis = replace(synthesis, steps=steps)
         synthesis = with_precision(synthesis, self.device)
         if held_back is None:
-            held_back = max(8, num_images // 8) if taken is None else taken.held_back
+            held_back = min(128, max(8, num_images // 8)) if taken is None else taken.held_back
         if taken is not None:
             taken.check(float_model, num_images=num_images, held_back=held_back, synthesis=synthesis)
         self.images_from = taken

@@ -260,14 +260,14 @@ class PoolMaker:
                         start=pool.images(pool.pixels[chunk]) if warm else None,
                         on_step=lambda _step, objective: (bar.update(), bar.set_postfix(objective=f"{objective:.3f}")),
                     )  # fmt: skip
-                    found = {"images": batch.images, "informative": batch.informative}
+                    found = {"pixels": pool.to_pixels(batch.images), "informative": batch.informative}
                     found["redrawn"] = torch.tensor(batch.redrawn)
                     found["trace"] = torch.tensor([batch.trace["objective"]])
                     if run is not None:
                         run.write_tensors(names[-1], found)
                     self.traces.append(batch.trace)
                 self.redrawn += int(found["redrawn"])
-                done.append((pool, chunk, found["images"], labels, found["informative"]))
+                done.append((pool, chunk, found["pixels"], labels, found["informative"]))
         # All at once: an interruption must not leave a pool that is half replaced.
         for pool, *batch_parts in done:
             pool.put(*batch_parts, version=version)

@@ -68,6 +68,10 @@ class SyntheticImages(Dataset[tuple[Tensor, int]]):
         pixels = self.pixels if pixels is None else pixels
         return self.geometry.normalize(pixels.float() / 255)
 
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Normalised images as the pool keeps them: uint8, a quarter of their memory."""
+        return self.geometry.denormalize(images).mul(255).round().clamp(0, 255).to(torch.uint8)
+
     def put(
         self, indices: Tensor, images: Tensor, labels: Tensor, informative: Tensor, *, version: int = 1
     ) -> None:
@@ -75,13 +79,12 @@ class SyntheticImages(Dataset[tuple[Tensor, int]]):
 
         Args:
             indices: ``(batch,)``.
-            images: normalised, ``(batch, channels, height, width)``.
+            images: normalised, ``(batch, channels, height, width)``; or what :meth:`to_pixels` makes of them.
             labels: ``(batch,)``.
             informative: ``(batch, patches)``.
             version: of the pool in which they belong.
         """
-        pixels = self.geometry.denormalize(images).mul(255).round().clamp(0, 255)
-        self.pixels[indices] = pixels.to(torch.uint8)
+        self.pixels[indices] = images if images.dtype == torch.uint8 else self.to_pixels(images)
         self.labels[indices] = labels
         self.informative[indices] = informative
         self.made_at[indices] = version
