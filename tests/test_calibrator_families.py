@@ -68,6 +68,9 @@ def test_models_that_need_their_whole_grid_keep_all_tokens():
     for name, expected in (("swin", (1, 1)), ("vit", (0.5, 0.5))):
         calibrator = make(name, effort="default", synthesis=None)
         assert (calibrator.synthesis.kept_tokens, calibrator.tuning[0].kept_tokens) == expected
+    for name, expected in (("registers", 1), ("vit", 0)):  # without classes and with them
+        synthesis = make(name, effort="best", synthesis=None).synthesis
+        assert {synthesis.head_weight, synthesis.entropy_weight, synthesis.align_weight} == {expected}
 
 
 def test_without_classes_features_are_aligned():

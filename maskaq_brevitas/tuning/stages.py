@@ -19,6 +19,7 @@ from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.families import features_behind
+from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.models.token_choice import why_all_tokens
 from maskaq_brevitas.modes import fitting_precision
 
@@ -68,20 +69,23 @@ def check_tuning(tunings: tuple[TuningConfig, ...], float_model: nn.Module, quan
 
 
 def fitting_effort(effort: Effort, *models: nn.Module) -> Effort:
-    """An effort with all tokens where a model needs all.
+    """An effort with all tokens where a model needs all, and with the terms of attention where no class shapes images.
 
     Args:
         effort: named by the user, who may not know that.
         models: the float model, and a quant model if it was given.
     """
-    if not any(why_all_tokens(model) for model in models):
-        return effort
-    tuning = effort.tuning
-    return replace(
-        effort,
-        synthesis=replace(effort.synthesis, kept_tokens=1.0),
-        tuning=None if tuning is None else replace(tuning, kept_tokens=1.0),
-    )
+    synthesis, tuning = effort.synthesis, effort.tuning
+    if any(why_all_tokens(model) for model in models):
+        synthesis = replace(synthesis, kept_tokens=1.0)
+        tuning = None if tuning is None else replace(tuning, kept_tokens=1.0)
+    if not has_classes(models[0]):
+        usual = SynthesisConfig()
+        synthesis = replace(
+            synthesis, head_weight=usual.head_weight, entropy_weight=usual.entropy_weight,
+            align_weight=usual.align_weight,
+        )  # fmt: skip
+    return replace(effort, synthesis=synthesis, tuning=tuning)
 
 
 def with_precision(config: AnyConfig, device: torch.device) -> AnyConfig:
