@@ -538,8 +538,12 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         run = self.run
         if path is not None:
             found = RunDirectory.read_identity(path)
-            # A run may be older than an option of schemes, which it has at its default then.
-            found["scheme"] = to_mapping(from_mapping(Scheme, found["scheme"])) if "scheme" in found else None
+            # A run may be older than an option of schemes, which it has at its default then, or at what was in use
+            # before there was a choice.
+            of_old = {"weight_levels": "symmetric"}
+            found["scheme"] = (
+                to_mapping(from_mapping(Scheme, {**of_old, **found["scheme"]})) if "scheme" in found else None
+            )
             for key in ("scheme", "overrides", "num_images", "held_back", "weights"):
                 if found.get(key) != json.loads(json.dumps(self.identity()[key])):
                     raise RunDirectoryError(

@@ -366,10 +366,20 @@ def test_load_of_a_run_from_before_an_option_of_schemes(tiny_vit, tmp_path):
     calibrator.calibrate()
     calibrator.save(tmp_path / "run")
     manifest = load_json(tmp_path / "run" / "run.json")
-    text = json.dumps(manifest)
-    assert '"patch_tokens": null' in text
-    save_json(tmp_path / "run" / "run.json", json.loads(text.replace(', "patch_tokens": null', "")))
+
+    def without(option):
+        text = json.dumps(manifest)
+        assert option in text
+        save_json(tmp_path / "run" / "run.json", json.loads(text.replace(option, "")))
+
+    without(', "patch_tokens": null')
     make(tiny_vit).load(tmp_path / "run")
+    # All levels were not in use before there was a choice.
+    without(', "weight_levels": "all"')
+    with pytest.raises(RunDirectoryError, match="holds another run: scheme is .*'weight_levels': 'symmetric'"):
+        make(tiny_vit).load(tmp_path / "run")
+    symmetric = dataclasses.replace(SCHEME, weight_levels="symmetric")
+    make(tiny_vit, scheme=symmetric).load(tmp_path / "run")
 
 
 def test_load_of_something_else(tiny_vit, tmp_path):

@@ -58,6 +58,7 @@ def test_a_scheme_resolves_to_itself():
         ({"patch_tokens": 9}, "Scheme.patch_tokens: expected 2 to 8 bits or None, got 9"),
         ({"probability_bits": "8"}, "Scheme.probability_bits: expected a whole number"),
         ({"weight_range": "max"}, "weight_range: expected one of minmax, mse, got 'max'"),
+        ({"weight_levels": "most"}, "weight_levels: expected one of all, symmetric, got 'most'"),
         ({"activation_range": "kl"}, "activation_range: expected one of percentile, minmax, mse, search"),
         ({"gelu": "unsigned"}, "gelu: expected one of"),
         ({"softmax": "log2"}, "softmax: expected one of"),
@@ -181,7 +182,9 @@ def test_scheme_families_differ_in_their_scales():
 def test_the_finn_scheme_is_the_tensor_scheme_with_its_restrictions():
     tensor, finn = resolve_scheme("tensor-w4a8"), resolve_scheme("finn-w4a8")
     assert (finn.gelu, finn.softmax, finn.patch_tokens) == ("signed", "signed", 8)
+    assert (tensor.weight_levels, finn.weight_levels) == ("all", "symmetric")
     same = {"gelu": tensor.gelu, "softmax": tensor.softmax, "patch_tokens": None, "name": "tensor-w4a8"}
+    same["weight_levels"] = "all"
     assert dataclasses.replace(finn, **same) == tensor
 
 

@@ -52,8 +52,9 @@ def _distillation(**values: Any) -> DistillConfig:
     )  # fmt: skip
 
 
-#: ``fast`` only calibrates. The others distil the outputs of all blocks, ``default`` on drawn images too. ``best`` makes
-#: its images without the terms of attention, which take four fifths of the time: as many more images are worth more.
+#: ``fast`` only calibrates. The others distil the outputs of all blocks, ``default`` on drawn images too. The images of
+#: ``best`` are made without the terms of attention, which take four fifths of the time: that many more images are worth
+#: more.
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(num_images=64, synthesis=_synthesis(steps=60, procedural_share=0.5, kept_tokens=0.3), tuning=None),
     "default": Effort(

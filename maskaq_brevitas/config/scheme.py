@@ -23,7 +23,7 @@ _BITS = re.compile(r"w([2-8])a([2-8])")
 _AUTO = re.compile(r"auto-(\d(?:\.\d+)?)")
 
 #: What FINN asks for beyond one scale per tensor.
-_FINN: dict[str, Any] = {"gelu": "signed", "softmax": "signed", "patch_tokens": 8}
+_FINN: dict[str, Any] = {"gelu": "signed", "softmax": "signed", "patch_tokens": 8, "weight_levels": "symmetric"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Scheme:
         head: widths of the classifier.
         probability_bits: width of the attention probabilities. ``None`` means the nominal activation width.
         weight_range: ``"minmax"`` (largest absolute value of the channel) or ``"mse"`` (grid search per channel).
+        weight_levels: ``"all"`` (from -2^(b-1), one more below zero than above) or ``"symmetric"``: Brevitas' narrow
+            range, which leaves seven of eight levels at 3 bits. It counts below 8 bits and for searched ranges alone.
         activation_range: ``"percentile"`` (99.999 %), ``"minmax"``, ``"mse"`` (Brevitas' grid search per batch,
             averaged), or ``"search"``: min-max, then shrunk to the least error of the layer's output, token by token
             (:mod:`maskaq_brevitas.tuning.ranges`).
@@ -98,6 +100,7 @@ class Scheme:
     head: LayerBits
     probability_bits: int | None = None
     weight_range: Literal["minmax", "mse"] = "mse"
+    weight_levels: Literal["all", "symmetric"] = "all"
     activation_range: Literal["percentile", "minmax", "mse", "search"] = "search"
     gelu: Literal["asymmetric", "signed"] = "asymmetric"
     softmax: Literal["unsigned", "signed"] = "unsigned"
@@ -120,6 +123,7 @@ class Scheme:
                 if width > 8:
                     raise ConfigurationError(f"Scheme.{name}: expected 2 to 8 bits or None, got {width}.")
         check_choice("weight_range", self.weight_range, ("minmax", "mse"))
+        check_choice("weight_levels", self.weight_levels, ("all", "symmetric"))
         check_choice("activation_range", self.activation_range, ("percentile", "minmax", "mse", "search"))
         check_choice("gelu", self.gelu, ("asymmetric", "signed"))
         check_choice("softmax", self.softmax, ("unsigned", "signed"))

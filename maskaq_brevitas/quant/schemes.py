@@ -39,13 +39,13 @@ def weight_quantizer(bits: int, scheme: Scheme) -> Any:
     """Brevitas quantizer class for a weight: per output channel, symmetric, integer, learnable float scale.
 
     ``parameter_from_stats`` makes the scale a parameter. With Brevitas' default (a statistic of the weight, recomputed
-    on each forward) GPTQ has no effect, because it quantizes column by column. The whole range is used ({-4 .. 3} at 3
-    bits) where it is worth a level: Brevitas' narrow one has one of eight less. Not at 8 bits, and not where the range
-    is that of the largest weight, of either sign (but for 2 bits, where three levels would be left).
+    on each forward) GPTQ has no effect, because it quantizes column by column. Brevitas' narrow range is taken where
+    the scheme says so, at 8 bits, where a level counts for nothing, and where the range is that of the largest weight,
+    of either sign; never at 2 bits, where it would leave three levels.
     """
     searched = scheme.weight_range == "mse"
     base = Int8WeightPerChannelFloatMSE if searched else Int8WeightPerChannelFloat
-    narrow = bits >= 8 if searched else bits > 2
+    narrow = bits > 2 and (scheme.weight_levels == "symmetric" or not searched or bits >= 8)
     return base.let(bit_width=bits, narrow_range=narrow, scaling_impl_type="parameter_from_stats")
 
 

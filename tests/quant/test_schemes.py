@@ -26,19 +26,20 @@ def swapped(model, **changes):
     return quant_model
 
 
+@pytest.mark.parametrize("weight_levels", ("all", "symmetric"))
 @pytest.mark.parametrize("weight_range", ("minmax", "mse"))
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_weights_use_all_levels_they_should(tiny_vit, bits, weight_range):
+def test_weights_use_all_levels_they_should(tiny_vit, bits, weight_range, weight_levels):
     from maskaq_brevitas.config import LayerBits
 
-    quant_model = swapped(tiny_vit, bits=LayerBits(bits, 8), weight_range=weight_range)
+    quant_model = swapped(tiny_vit, bits=LayerBits(bits, 8), weight_range=weight_range, weight_levels=weight_levels)
     layer = quant_model.blocks[0].mlp.fc1
     quantized = layer.quant_weight()
     scale = quantized.scale
     assert scale.shape == (256, 1) and len(scale.unique()) > 200  # one per output channel
     codes = (quantized.value / scale).round()
     torch.testing.assert_close(codes * scale, quantized.value)
-    narrow = bits == 8 or (weight_range == "minmax" and bits > 2)
+    narrow = bits == 8 or (bits > 2 and (weight_range, weight_levels) != ("mse", "all"))
     low = -(2 ** (bits - 1)) + int(narrow)
     assert (codes.min(), codes.max()) == (low, 2 ** (bits - 1) - 1)
     if bits == 2:
