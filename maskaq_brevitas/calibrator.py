@@ -33,7 +33,6 @@ from maskaq_brevitas.errors import DamagedFileError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SilentLayerWarning
-from maskaq_brevitas.errors import SkippedLayerWarning
 from maskaq_brevitas.models.backbone import HostedBackbone
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.geometry import read_geometry
@@ -41,10 +40,8 @@ from maskaq_brevitas.models.health import check_finite
 from maskaq_brevitas.models.token_choice import check_token_choice
 from maskaq_brevitas.modes import own_modes
 from maskaq_brevitas.progress import bars
-from maskaq_brevitas.progress import random_stream
 from maskaq_brevitas.progress import stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace
-from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.quant.swap import SwapRecord
 from maskaq_brevitas.quant.swap import swap_layers
@@ -58,9 +55,6 @@ from maskaq_brevitas.synthesis.maker import drop_batches
 from maskaq_brevitas.synthesis.other_run import ImagesOfRun
 from maskaq_brevitas.synthesis.other_run import images_of
 from maskaq_brevitas.synthesis.pool import SyntheticImages
-from maskaq_brevitas.tuning.allocate import allocate_widths
-from maskaq_brevitas.tuning.allocate import candidate_widths
-from maskaq_brevitas.tuning.augment import augment
 from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.calibrate import is_calibrated
 from maskaq_brevitas.tuning.calibrate import provisional_calibration
@@ -71,9 +65,7 @@ from maskaq_brevitas.tuning.checkpoint import load_checkpoint
 from maskaq_brevitas.tuning.distill import OptimizerFactory
 from maskaq_brevitas.tuning.distill_stage import DistillStage
 from maskaq_brevitas.tuning.distill_stage import refresh_is_due
-from maskaq_brevitas.tuning.ranges import search_ranges
-from maskaq_brevitas.tuning.ranges import set_channel_scales
-from maskaq_brevitas.tuning.ranges import undo_bias_correction
+from maskaq_brevitas.tuning.model_maker import QuantModelMaker
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.stages import STAGE_NAMES
 from maskaq_brevitas.tuning.stages import check_tuning
@@ -210,11 +202,15 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.seed = seed
         self.progress = progress
         self.swap_record: SwapRecord | None = None
-        self._owns_quant_model = quant_model is None
+        # Makes our quant models; None where one was given.
+        self.models: QuantModelMaker | None = None
         self._given_quant_model = None if quant_model is None else fingerprint(quant_model)
         # Iterating may come in the middle of Brevitas' calibration mode, which switches these flags.
         self._returned = {} if quant_model is None else returned_quant_tensors(quant_model)
         if quant_model is None:
+            self.models = QuantModelMaker(
+                float_model, self.geometry, self.scheme, self.overrides, seed=seed, device=self.device
+            )
             quant_model, self.swap_record = swap_layers(float_model, self.scheme, self.overrides)
             if self.hosted is not None:
                 self.swap_record = with_layers_outside(self.swap_record, self.hosted.layers_outside(), self.hosted.name)
@@ -224,7 +220,6 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         # Version of the pool, and what calibration on it gave.
         self._before_tuning: tuple[int, nn.Module] | None = None
         self.range_factors: dict[str, float] = {}
-        self.allocated: dict[str, str] = {}
         self.stages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
@@ -264,6 +259,11 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         It is one and the same with the part in :attr:`quant_model`.
         """
         return self._quant_model
+
+    @property
+    def allocated(self) -> dict[str, str]:
+        """Widths of single layers that mixed precision has chosen, layer name -> ``wXaY``."""
+        return {} if self.models is None else self.models.allocated
 
     @property
     def synthesis(self) -> SynthesisConfig:
@@ -328,7 +328,11 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.ensure_images()
         self._assign_widths()
         with self.stage("calibration"):
-            self.equalized, self.range_factors = self._calibrated(self._quant_model, self._calibration_batches())
+            batches = self._calibration_batches()
+            if self.models is None:
+                calibrate(self._quant_model, batches)
+            else:
+                self.equalized, self.range_factors = self.models.calibrate(self._quant_model, batches)
         silent = silent_quantizers(self._quant_model)
         if silent:
             warnings.warn(
@@ -379,7 +383,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         found = load_checkpoint(self.run) if self.run is not None else None
         if found is None:
             self.calibrate()
-            if self._owns_quant_model:
+            if self.models is not None:
                 self._before_tuning = self.pool.version, self._snapshot()
         else:
             load_quant_state(self._quant_model, found.tensors["model"])
@@ -467,7 +471,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         Raises:
             ConfigurationError: if the quant model was given: it cannot be made afresh.
         """
-        if not self._owns_quant_model:
+        if self.models is None:
             raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
         if images is None and self._before_tuning is not None and self._before_tuning[0] == self.pool.version:
             return self._in_place(self._before_tuning[1])
@@ -476,8 +480,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             batches = self._calibration_batches()
         else:
             batches = list(images.to(self.device).split(self.batch_size or 16))
-        quant_model = self._swapped(self.scheme, {**self.allocated, **self.overrides})
-        self._calibrated(quant_model, batches)
+        quant_model = self.models.make()
+        self.models.calibrate(quant_model, batches)
         return self._in_place(frozen_snapshot(quant_model, self.geometry.input_size))
 
     @own_modes()
@@ -500,7 +504,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             "synthesis": to_mapping(self.synthesis),
             **({} if self.images_from is None else {"images_from": self.images_from.digest}),
             **({"tuning": described_tuning(self.tuning)} if self.tuning else {}),
-            **({} if self._owns_quant_model else {"quant_model": self._given_quant_model}),
+            **({} if self.models is not None else {"quant_model": self._given_quant_model}),
             **(
                 {} if self.hosted is None else {"backbone": f"{self.hosted.name} of {type(self.hosted.model).__name__}"}
             ),
@@ -555,8 +559,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             raise RunDirectoryError("load() needs a path: this calibrator was made without run_dir.")
         if run.has("images.safetensors"):
             self.maker.load(run)
-        if run.has(_WIDTHS):
-            self._swap_again(run.read_json(_WIDTHS))
+        if run.has(_WIDTHS) and self.models is not None:
+            self._swap_again(self.models, run.read_json(_WIDTHS))
         if run.has("quant_model.safetensors"):
             load_quant_state(self._quant_model, run.read_tensors("quant_model.safetensors"))
 
@@ -582,79 +586,28 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
     def _snapshot(self) -> nn.Module:
         return frozen_snapshot(self._quant_model, self.geometry.input_size)
 
-    def _swapped(self, scheme: Scheme, overrides: Mapping[str, str]) -> nn.Module:
-        """A fresh quant model; layers that stay in float were named by the constructor."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SkippedLayerWarning)
-            return swap_layers(self.float_model, scheme, overrides)[0].to(self.device)
-
     def _assign_widths(self) -> None:
         """Mixed precision: choose the widths of layers on the synthetic images, once, and swap by them."""
-        average = self.scheme.average_bits
-        if average is None or self.allocated or not self._owns_quant_model:
+        if self.models is None or self.scheme.average_bits is None or self.allocated:
             return
         if self.run is not None and self.run.has(_WIDTHS):
-            self._swap_again(self.run.read_json(_WIDTHS))
+            self._swap_again(self.models, self.run.read_json(_WIDTHS))
             return
-        batches = self._calibration_batches()
-
-        def calibrated(scheme: Scheme) -> nn.Module:
-            quant_model = self._swapped(scheme, self.overrides)
-            self._calibrated(quant_model, batches)
-            return quant_model
-
-        with (
-            self.stage("choice of bit widths"),
-            self._bar(len(candidate_widths(average)), "Measuring bit widths") as bar,
-        ):
-            allocated = allocate_widths(
-                self.float_model, self.maker.float_snapshot, self.scheme, self.overrides, batches, calibrated,
-                on_width=lambda _: bar.update(),
-            )  # fmt: skip
-        self._swap_again(allocated)
+        with self.stage("choice of bit widths"):
+            self.models.allocate(self.maker.float_snapshot, self._calibration_batches(), self._bar)
+        self._swap_again(self.models, self.allocated)
         if self.run is not None:
             self.run.write_json(_WIDTHS, self.allocated)
 
-    def _swap_again(self, allocated: Mapping[str, str]) -> None:
+    def _swap_again(self, models: QuantModelMaker, allocated: Mapping[str, str]) -> None:
         """Give the quant model other widths; it stays the same object for whoever holds it."""
-        self.allocated = dict(allocated)
-        fresh = self._swapped(self.scheme, {**self.allocated, **self.overrides})
-        self._quant_model._modules = fresh._modules
+        models.allocated = dict(allocated)
+        self._quant_model._modules = models.make()._modules
 
     def _calibration_batches(self) -> list[Tensor]:
-        """Normalised images of the pool on the device, drawn from it if it is a large one."""
-        pixels, size = self.pool.pixels, self.batch_size or 16
-        if self._owns_quant_model and len(pixels) > _CALIBRATED_ON:
-            order = torch.randperm(len(pixels), generator=random_stream(self.seed, _CHOSEN))
-            pixels = pixels[order[:_CALIBRATED_ON].sort().values]
-        return [self.pool.images(part).to(self.device) for part in pixels.split(size)]
-
-    def _calibrated(
-        self, quant_model: nn.Module, batches: list[Tensor]
-    ) -> tuple[list[EqualizedPlace], dict[str, float]]:
-        """Calibrate a quant model in place; what equalisation and range search found."""
-        places: list[EqualizedPlace] = []
-        factors: dict[str, float] = {}
-        if self._owns_quant_model:
-            undo_bias_correction(quant_model)
-        if self._owns_quant_model and self.scheme.equalize:
-            # Ranges have to hold for images unlike these: crops, mixtures, other colours and contrasts of them help.
-            varied = random_stream(self.seed, _VARIANTS)
-            batches = [
-                *batches,
-                *(augment(images.cpu(), "cutmix", varied, self.geometry).to(self.device) for images in batches),
-            ]
-            places = equalize(quant_model, batches)
-        calibrate(quant_model, batches)
-        set_channel_scales(quant_model, {
-            name: place.scales for place in places if place.scales is not None for name in place.consumers
-        })  # fmt: skip
-        # Equalisation widens columns of weights, in which a row's own least error is not that of the layer's output.
-        wanted = dict(activations=self.scheme.activation_range == "search", weights=self.scheme.weight_range == "mse")
-        wanted["biases"] = self.scheme.bias_correction
-        if self._owns_quant_model and any(wanted.values()):
-            factors = search_ranges(quant_model, batches, **wanted)
-        return places, factors
+        """Normalised images of the pool on the device, some of them if it is a large one and the quant model ours."""
+        pixels = self.pool.pixels if self.models is None else self.models.chosen(self.pool.pixels)
+        return [self.pool.images(part).to(self.device) for part in pixels.split(self.batch_size or 16)]
 
     def _coupled_snapshot(self) -> nn.Module | None:
         """Q for the alignment term. Uncalibrated, it gets provisional scales from one batch made without that term."""
@@ -670,10 +623,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         Brevitas ignores a second calibration, so a model that was given must stay uncalibrated; and a resumed run,
         which skips this, must start its calibration from the same bytes.
         """
-        if self._owns_quant_model:
-            quant_model = self._swapped(self.scheme, self.overrides)
-            self._calibrated(quant_model, batches)
-            return frozen_snapshot(quant_model, self.geometry.input_size)
+        if self.models is not None:
+            return frozen_snapshot(self.models.provisional(batches), self.geometry.input_size)
         with provisional_calibration(self._quant_model, batches, self._returned) as quant_model:
             return frozen_snapshot(quant_model, self.geometry.input_size)
 
@@ -693,7 +644,3 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
 
 
 _WIDTHS = "bits.json"
-# Random streams of the choice of calibration images, and of their variants.
-_CHOSEN, _VARIANTS = 5_000_000, 4_000_000
-# Images that our quant model is calibrated on at most: 768 of ViT-Tiny's took five minutes of a CPU thread.
-_CALIBRATED_ON = 256

@@ -240,15 +240,15 @@ def test_calibrate_and_freeze(calibrator):
 
 def test_a_large_pool_is_calibrated_on_a_part_of_it(tiny_vit, monkeypatch):
     """The same part each time, with drawn and with optimised images."""
-    monkeypatch.setattr("maskaq_brevitas.calibrator._CALIBRATED_ON", 8)
+    monkeypatch.setattr("maskaq_brevitas.tuning.model_maker._CALIBRATED_ON", 8)
     calibrator = DataFreeCalibrator(tiny_vit, num_images=16, steps=1, held_back=0, batch_size=4, progress=False)
-    seen, calibrate = [], calibrator._calibrated
+    seen, calibrate = [], calibrator.models.calibrate
 
     def watched(model, batches):
         seen.append(batches)
         return calibrate(model, batches)
 
-    monkeypatch.setattr(calibrator, "_calibrated", watched)
+    monkeypatch.setattr(calibrator.models, "calibrate", watched)
     calibrator.calibrate()
     part = torch.cat(seen[-1])
     assert [len(batch) for batch in seen[-1]] == [4, 4]
