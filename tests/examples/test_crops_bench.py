@@ -1,0 +1,56 @@
+"""The comparison of runs on photographs without labels."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from maskaq_brevitas import cli
+from maskaq_brevitas.errors import InputError
+
+BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "crops.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("crops_bench", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_divergence_is_that_of_distributions(bench):
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 5, 7, generator=generator).mul(3)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=one), torch.distributions.Categorical(logits=other)
+    )
+    torch.testing.assert_close(bench.divergence(one, other), expected)
+
+
+@pytest.mark.heavy
+def test_fewer_bits_are_further_away(bench, tmp_path, capsys):
+    budget = "--images 4 --batch-size 4 --steps 1 --no-export --no-baselines --quiet".split()
+    runs = []
+    for scheme in ("w8a8", "w2a2"):
+        runs.append(str(tmp_path / scheme))
+        assert cli.main(["quantize", "digits_vit", "--scheme", scheme, *budget, "--out", runs[-1]]) == 0
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    with pytest.raises(InputError, match="Expected photographs .* found none"):
+        bench.photographs(str(photos))
+    for number in range(3):
+        pixels = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(number))
+        pixels = torch.nn.functional.interpolate(pixels, (40, 50), mode="bicubic").clamp(0, 1)[0]
+        torchvision.io.write_png(pixels.mul(255).to(torch.uint8), str(photos / f"{number}.png"))
+    capsys.readouterr()
+    state = torch.get_rng_state()
+    for arguments in ([], ["--folder", str(photos), "--crops", "2"]):
+        assert bench.main([*runs, *arguments]) == 0
+        fine, coarse = (
+            float(line.split()[2]) for line in capsys.readouterr().out.splitlines() if line.startswith(str(tmp_path))
+        )
+        assert fine < 0.05 and coarse > 5 * fine
+    assert torch.equal(state, torch.get_rng_state())
