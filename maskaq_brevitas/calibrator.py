@@ -24,15 +24,16 @@ from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import Scheme
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import TuningConfig
-from maskaq_brevitas.config import from_mapping
 from maskaq_brevitas.config import resolve_effort
 from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.config import scheme_of_run
 from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import DamagedFileError
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SilentLayerWarning
+from maskaq_brevitas.errors import UncoupledWarning
 from maskaq_brevitas.models.backbone import HostedBackbone
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.models.geometry import read_geometry
@@ -51,6 +52,7 @@ from maskaq_brevitas.run_directory import fingerprint
 from maskaq_brevitas.run_directory import installed_versions
 from maskaq_brevitas.synthesis.maker import PoolMaker
 from maskaq_brevitas.synthesis.maker import RefreshStart
+from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.synthesis.maker import drop_batches
 from maskaq_brevitas.synthesis.other_run import ImagesOfRun
 from maskaq_brevitas.synthesis.other_run import images_of
@@ -103,7 +105,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         scheme: name (``"w4a8"``, ``"strict-w4a4"`` ...) or :class:`~maskaq_brevitas.config.Scheme`.
         overrides: shell pattern of layer names -> ``wXaY``.
         effort: ``"fast"`` (calibration only), ``"default"`` or ``"best"``: sets ``num_images``, ``synthesis`` and
-            ``tuning`` where they are not given. README tells minutes and accuracy of each.
+            ``tuning`` where they are not given. README tells what they come to.
         num_images: images in the pool.
         batch_size: images per batch of the loader.
         steps: iterations of synthesis per batch; overrides ``synthesis.steps``.
@@ -170,8 +172,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             )
         taken = images_of(images_from, run_dir, run_mode)
         named = resolve_effort(effort)
-        num_images = (named.num_images if taken is None else taken.num_images) if num_images is None else num_images
-        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+        if num_images is not None and (type(num_images) is not int or num_images < 1):
             raise InputError(f"num_images: expected a whole number >= 1, got {num_images!r}.")
         check_finite(float_model, "float_model")
         self.hosted: HostedBackbone | None = None
@@ -186,6 +187,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.scheme = resolve_scheme(scheme)
         self.overrides = dict(overrides or {})
         work = fitting_effort(named, float_model, *([] if quant_model is None else [quant_model]))
+        if num_images is None:
+            num_images = work.num_images if taken is None else taken.num_images
         if synthesis is None:
             synthesis = work.synthesis if taken is None else taken.synthesis
         if steps is not None:
@@ -203,12 +206,12 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.progress = progress
         self.swap_record: SwapRecord | None = None
         # Makes our quant models; None where one was given.
-        self.models: QuantModelMaker | None = None
+        self.quant_maker: QuantModelMaker | None = None
         self._given_quant_model = None if quant_model is None else fingerprint(quant_model)
         # Iterating may come in the middle of Brevitas' calibration mode, which switches these flags.
         self._returned = {} if quant_model is None else returned_quant_tensors(quant_model)
         if quant_model is None:
-            self.models = QuantModelMaker(
+            self.quant_maker = QuantModelMaker(
                 float_model, self.geometry, self.scheme, self.overrides, seed=seed, device=self.device
             )
             quant_model, self.swap_record = swap_layers(float_model, self.scheme, self.overrides)
@@ -261,9 +264,14 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         return self._quant_model
 
     @property
+    def calibration_images(self) -> int:
+        """How many images of the pool the quant model is calibrated on."""
+        return len(self.pool if self.quant_maker is None else self.quant_maker.chosen(self.pool.pixels))
+
+    @property
     def allocated(self) -> dict[str, str]:
         """Widths of single layers that mixed precision has chosen, layer name -> ``wXaY``."""
-        return {} if self.models is None else self.models.allocated
+        return {} if self.quant_maker is None else self.quant_maker.allocated
 
     @property
     def synthesis(self) -> SynthesisConfig:
@@ -328,11 +336,11 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         self.ensure_images()
         self._assign_widths()
         with self.stage("calibration"):
-            batches = self._calibration_batches()
-            if self.models is None:
-                calibrate(self._quant_model, batches)
+            if self.quant_maker is None:
+                calibrate(self._quant_model, device_batches(self.pool, self.batch_size or 16, self.device))
             else:
-                self.equalized, self.range_factors = self.models.calibrate(self._quant_model, batches)
+                batches = self._calibration_batches(self.quant_maker)
+                self.equalized, self.range_factors = self.quant_maker.calibrate(self._quant_model, batches)
         silent = silent_quantizers(self._quant_model)
         if silent:
             warnings.warn(
@@ -383,7 +391,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         found = load_checkpoint(self.run) if self.run is not None else None
         if found is None:
             self.calibrate()
-            if self.models is not None:
+            if self.quant_maker is not None:
                 self._before_tuning = self.pool.version, self._snapshot()
         else:
             load_quant_state(self._quant_model, found.tensors["model"])
@@ -420,11 +428,20 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             What changed: pool version, images replaced, and the masked alignment distance to the quant model
             before and after (lower is closer).
 
+        Warns:
+            UncoupledWarning: if the objective does not see the quant model.
+
         Raises:
             InputError: if ``share`` is outside (0, 1].
         """
         if not 0 < share <= 1:
             raise InputError(f"share: expected a number in (0, 1], got {share}.")
+        if self.synthesis.align_weight == 0 and self.geometry.num_classes:
+            warnings.warn(
+                "The images are made again, but do not follow the quant model: the term of the objective that sees it "
+                "is switched off (synthesis.align_weight is 0, as with effort='best').",
+                UncoupledWarning, stacklevel=2,
+            )  # fmt: skip
         self.ensure_images()
         if not is_calibrated(self._quant_model):
             self.calibrate()
@@ -471,17 +488,17 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         Raises:
             ConfigurationError: if the quant model was given: it cannot be made afresh.
         """
-        if self.models is None:
+        if self.quant_maker is None:
             raise ConfigurationError("calibrated_on() needs a scheme to swap layers by; this quant model was given.")
         if images is None and self._before_tuning is not None and self._before_tuning[0] == self.pool.version:
             return self._in_place(self._before_tuning[1])
         if images is None:
             self.ensure_images()
-            batches = self._calibration_batches()
+            batches = self._calibration_batches(self.quant_maker)
         else:
             batches = list(images.to(self.device).split(self.batch_size or 16))
-        quant_model = self.models.make()
-        self.models.calibrate(quant_model, batches)
+        quant_model = self.quant_maker.make()
+        self.quant_maker.calibrate(quant_model, batches)
         return self._in_place(frozen_snapshot(quant_model, self.geometry.input_size))
 
     @own_modes()
@@ -504,7 +521,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             "synthesis": to_mapping(self.synthesis),
             **({} if self.images_from is None else {"images_from": self.images_from.digest}),
             **({"tuning": described_tuning(self.tuning)} if self.tuning else {}),
-            **({} if self.models is not None else {"quant_model": self._given_quant_model}),
+            **({} if self.quant_maker is not None else {"quant_model": self._given_quant_model}),
             **(
                 {} if self.hosted is None else {"backbone": f"{self.hosted.name} of {type(self.hosted.model).__name__}"}
             ),
@@ -542,12 +559,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         run = self.run
         if path is not None:
             found = RunDirectory.read_identity(path)
-            # A run may be older than an option of schemes, which it has at its default then, or at what was in use
-            # before there was a choice.
-            of_old = {"weight_levels": "symmetric"}
-            found["scheme"] = (
-                to_mapping(from_mapping(Scheme, {**of_old, **found["scheme"]})) if "scheme" in found else None
-            )
+            found["scheme"] = to_mapping(scheme_of_run(found["scheme"])) if "scheme" in found else None
             for key in ("scheme", "overrides", "num_images", "held_back", "weights"):
                 if found.get(key) != json.loads(json.dumps(self.identity()[key])):
                     raise RunDirectoryError(
@@ -559,8 +571,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             raise RunDirectoryError("load() needs a path: this calibrator was made without run_dir.")
         if run.has("images.safetensors"):
             self.maker.load(run)
-        if run.has(_WIDTHS) and self.models is not None:
-            self._swap_again(self.models, run.read_json(_WIDTHS))
+        if run.has(_WIDTHS) and self.quant_maker is not None:
+            self._swap_again(self.quant_maker, run.read_json(_WIDTHS))
         if run.has("quant_model.safetensors"):
             load_quant_state(self._quant_model, run.read_tensors("quant_model.safetensors"))
 
@@ -588,26 +600,28 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
 
     def _assign_widths(self) -> None:
         """Mixed precision: choose the widths of layers on the synthetic images, once, and swap by them."""
-        if self.models is None or self.scheme.average_bits is None or self.allocated:
+        average = self.scheme.average_bits
+        if self.quant_maker is None or average is None or self.allocated:
             return
         if self.run is not None and self.run.has(_WIDTHS):
-            self._swap_again(self.models, self.run.read_json(_WIDTHS))
+            self._swap_again(self.quant_maker, self.run.read_json(_WIDTHS))
             return
         with self.stage("choice of bit widths"):
-            self.models.allocate(self.maker.float_snapshot, self._calibration_batches(), self._bar)
-        self._swap_again(self.models, self.allocated)
+            batches = self._calibration_batches(self.quant_maker)
+            allocated = self.quant_maker.allocation(average, self.maker.float_snapshot, batches, self._bar)
+        self._swap_again(self.quant_maker, allocated)
         if self.run is not None:
             self.run.write_json(_WIDTHS, self.allocated)
 
-    def _swap_again(self, models: QuantModelMaker, allocated: Mapping[str, str]) -> None:
+    def _swap_again(self, quant_maker: QuantModelMaker, allocated: Mapping[str, str]) -> None:
         """Give the quant model other widths; it stays the same object for whoever holds it."""
-        models.allocated = dict(allocated)
-        self._quant_model._modules = models.make()._modules
+        quant_maker.allocated = dict(allocated)
+        self._quant_model._modules = quant_maker.make()._modules
 
-    def _calibration_batches(self) -> list[Tensor]:
-        """Normalised images of the pool on the device, some of them if it is a large one and the quant model ours."""
-        pixels = self.pool.pixels if self.models is None else self.models.chosen(self.pool.pixels)
-        return [self.pool.images(part).to(self.device) for part in pixels.split(self.batch_size or 16)]
+    def _calibration_batches(self, quant_maker: QuantModelMaker) -> list[Tensor]:
+        """Normalised images of the pool on the device, some of them if it is a large one."""
+        chosen = quant_maker.chosen(self.pool.pixels)
+        return [self.pool.images(part).to(self.device) for part in chosen.split(self.batch_size or 16)]
 
     def _coupled_snapshot(self) -> nn.Module | None:
         """Q for the alignment term. Uncalibrated, it gets provisional scales from one batch made without that term."""
@@ -623,8 +637,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         Brevitas ignores a second calibration, so a model that was given must stay uncalibrated; and a resumed run,
         which skips this, must start its calibration from the same bytes.
         """
-        if self.models is not None:
-            return frozen_snapshot(self.models.provisional(batches), self.geometry.input_size)
+        if self.quant_maker is not None:
+            return frozen_snapshot(self.quant_maker.provisional(batches), self.geometry.input_size)
         with provisional_calibration(self._quant_model, batches, self._returned) as quant_model:
             return frozen_snapshot(quant_model, self.geometry.input_size)
 

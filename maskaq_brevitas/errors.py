@@ -19,6 +19,7 @@ __all__ = [
     "ModelError",
     "RunDirectoryError",
     "SilentLayerWarning",
+    "UncoupledWarning",
     "SkippedLayerWarning",
     "SynthesisError",
     "TuningError",
@@ -94,6 +95,10 @@ class SilentLayerWarning(MaskAQWarning):
 
 class SkippedLayerWarning(MaskAQWarning):
     """A layer of the model stays in float because no quantized twin is registered for its type."""
+
+
+class UncoupledWarning(MaskAQWarning):
+    """Images are refreshed although their objective does not see the quant model that they should follow."""
 
 
 class CompilationWarning(MaskAQWarning):

@@ -180,9 +180,8 @@ def _add_quantize(parser: argparse.ArgumentParser, add: Callable[..., None]) -> 
     add("--override", action="append", default=[], metavar="PATTERN=wXaY",
         help="other bits for the layers that a shell pattern matches, e.g. 'blocks.*.mlp.fc2=w4a8'; repeatable")
     add("--effort", choices=tuple(EFFORTS), default="fast", help="sets the defaults of --images, --steps, --tune, "
-        "--epochs, --refresh-every and --tuning.*: fast only calibrates; default and best distil, for minutes and for "
-        "about an hour "
-        "on two cores (ViT-Tiny)")  # fmt: skip
+        "--epochs, --refresh-every, --synthesis.* and --tuning.*: fast only calibrates; default and best distil, for "
+        "minutes and for about an hour on two cores (ViT-Tiny)")  # fmt: skip
     add("--images", type=int, default=64, metavar="N", help="synthetic images")
     add("--images-from", metavar="RUN", help="take the images of another run of the same model, and its --images, "
         "--steps, --batch-size and --synthesis.*, instead of making new ones")  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.errors import SynthesisError
+from maskaq_brevitas.errors import UncoupledWarning
 from maskaq_brevitas.files import load_json
 from maskaq_brevitas.files import save_json
 from maskaq_brevitas.modes import fitting_precision
@@ -242,13 +244,13 @@ def test_a_large_pool_is_calibrated_on_a_part_of_it(tiny_vit, monkeypatch):
     """The same part each time, with drawn and with optimised images."""
     monkeypatch.setattr("maskaq_brevitas.tuning.model_maker._CALIBRATED_ON", 8)
     calibrator = DataFreeCalibrator(tiny_vit, num_images=16, steps=1, held_back=0, batch_size=4, progress=False)
-    seen, calibrate = [], calibrator.models.calibrate
+    seen, calibrate = [], calibrator.quant_maker.calibrate
 
     def watched(model, batches):
         seen.append(batches)
         return calibrate(model, batches)
 
-    monkeypatch.setattr(calibrator.models, "calibrate", watched)
+    monkeypatch.setattr(calibrator.quant_maker, "calibrate", watched)
     calibrator.calibrate()
     part = torch.cat(seen[-1])
     assert [len(batch) for batch in seen[-1]] == [4, 4]
@@ -306,6 +308,16 @@ def test_warm_refresh_keeps_labels_and_stays_closer_than_noise(tiny_vit):
         assert sorted(calibrator.pool.labels.tolist()) == sorted(labels.tolist())
         assert torch.equal(calibrator.pool.labels, labels) or start == "noise"
     assert 0 < distances["images"] < distances["noise"]
+
+
+def test_a_refresh_that_does_not_see_the_quant_model_warns(tiny_vit):
+    calibrator = make(tiny_vit, synthesis=dataclasses.replace(FAST, align_weight=0.0))
+    with pytest.warns(UncoupledWarning, match="do not follow the quant model: .*align_weight is 0"):
+        calibrator.refresh(steps=1)
+    calibrator = make(tiny_vit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UncoupledWarning)
+        calibrator.refresh(steps=1)
 
 
 def test_held_back_images_are_others_and_stay(calibrator):

@@ -10,6 +10,7 @@ from brevitas.graph.calibrate import bias_correction_mode
 from brevitas.graph.gptq import gptq_mode
 
 from maskaq_brevitas import DataFreeCalibrator
+from maskaq_brevitas.config import EFFORTS
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import SynthesisConfig
@@ -29,8 +30,8 @@ from small_models import build  # noqa: E402
 def make(name, scheme="w4a4", **options):
     synthesis = options.pop("synthesis", SynthesisConfig(steps=2, batch_size=4))
     return DataFreeCalibrator(
-        build(name), scheme=scheme, num_images=4, batch_size=4, synthesis=synthesis, progress=False,
-        **{"held_back": 4, **options},
+        build(name), scheme=scheme, batch_size=4, synthesis=synthesis, progress=False,
+        **{"num_images": 4, "held_back": 4, **options},
     )  # fmt: skip
 
 
@@ -68,9 +69,11 @@ def test_models_that_need_their_whole_grid_keep_all_tokens():
     for name, expected in (("swin", (1, 1)), ("vit", (0.5, 0.5))):
         calibrator = make(name, effort="default", synthesis=None)
         assert (calibrator.synthesis.kept_tokens, calibrator.tuning[0].kept_tokens) == expected
-    for name, expected in (("registers", 1), ("vit", 0)):  # without classes and with them
-        synthesis = make(name, effort="best", synthesis=None).synthesis
-        assert {synthesis.head_weight, synthesis.entropy_weight, synthesis.align_weight} == {expected}
+    for name, weight, part in (("registers", 1, 3), ("vit", 0, 1)):  # without classes and with them
+        calibrator = make(name, effort="best", synthesis=None, num_images=None)
+        synthesis = calibrator.synthesis
+        assert {synthesis.head_weight, synthesis.entropy_weight, synthesis.align_weight} == {weight}
+        assert len(calibrator.pool) == EFFORTS["best"].num_images // part
 
 
 def test_without_classes_features_are_aligned():

@@ -130,8 +130,8 @@ def test_what_tuning_began_with_is_kept_until_the_images_change(tiny_vit, monkey
     calibrator.quantize(replace(TUNING, refresh_every=None))
     images = calibrator.pool.images()
     again = calibrator.calibrated_on(images)
-    counted, calibrate = [], calibrator.models.calibrate
-    monkeypatch.setattr(calibrator.models, "calibrate", lambda *given: counted.append(1) or calibrate(*given))
+    counted, calibrate = [], calibrator.quant_maker.calibrate
+    monkeypatch.setattr(calibrator.quant_maker, "calibrate", lambda *given: counted.append(1) or calibrate(*given))
     kept = calibrator.calibrated_on()
     assert not counted and torch.equal(kept(images), again(images))
     assert not torch.equal(kept(images), calibrator.freeze()(images))

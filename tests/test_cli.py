@@ -15,14 +15,18 @@ from PIL import Image
 
 from maskaq_brevitas import cli
 from maskaq_brevitas.commands import quantizing
+from maskaq_brevitas.commands.common import load_run
 from maskaq_brevitas.config import EFFORTS
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.export import FORMATS
+from maskaq_brevitas.files import load_json
+from maskaq_brevitas.files import save_json
 from maskaq_brevitas.models.swin import SWIN
 from maskaq_brevitas.options import parse
+from maskaq_brevitas.options import read_saved
 from maskaq_brevitas.options import to_yaml
 from maskaq_brevitas.support import small_model
 from maskaq_brevitas.synthesis import maker
@@ -116,6 +120,41 @@ def test_an_effort_fits_a_model_that_needs_all_tokens(tmp_path, capsys, monkeypa
     assert cli.main([*told, str(tmp_path / "run"), "--resume"]) == 0
     assert cli.main([*told, str(tmp_path / "other"), "--tuning.kept_tokens", "0.25"]) != 0
     assert "No tokens of SwinTransformer can be left out" in capsys.readouterr().err
+
+
+def test_an_effort_fits_a_model_without_classes_unless_told_otherwise():
+    best, terms = EFFORTS["best"], ("head_weight", "entropy_weight", "align_weight")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+
+    def fitted(*more, images_from=None):
+        options = parse("quantize", ["vit", "--effort", "best", *more])
+        options.images_from = images_from
+        quantizing._fit_effort(options, model)
+        return options.images, [vars(options)[f"synthesis.{term}"] for term in terms]
+
+    assert fitted() == (best.num_images // 3, [1, 1, 1])
+    assert fitted("--synthesis.align_weight", "1") == (best.num_images // 3, [0, 0, 1])
+    assert fitted("--images", "9") == (9, [1, 1, 1])
+    # Images of another run are as they are.
+    assert fitted(images_from="run") == (best.num_images, [0, 0, 0])
+
+
+def test_rows_of_a_large_pool_tell_what_they_were_calibrated_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskaq_brevitas.tuning.model_maker._CALIBRATED_ON", 2)
+    assert quantize(tmp_path / "run", "--no-export", budget=TINY) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["calibration_images"] for row in report["accuracy"]] == [None, 2, 2, 2]
+
+
+def test_a_run_of_before_there_was_a_choice_of_levels_keeps_its_own(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert quantize(out) == 0
+    manifest = load_json(out / "run.json")
+    text = json.dumps(manifest)
+    assert ', "weight_levels": "all"' in text
+    save_json(out / "run.json", json.loads(text.replace(', "weight_levels": "all"', "")))
+    assert cli.main(["evaluate", str(out), "--eval-limit", "4"]) == 0
+    assert load_run(str(out), read_saved(out / "config.yaml")).scheme.weight_levels == "symmetric"
 
 
 def test_target_finn_sets_scheme_and_format():

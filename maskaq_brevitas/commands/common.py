@@ -15,6 +15,7 @@ from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import resolve_scheme
+from maskaq_brevitas.config import scheme_of_run
 from maskaq_brevitas.errors import CheckpointError
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import InputError
@@ -150,8 +151,9 @@ def load_run(folder: str, saved: Namespace) -> DataFreeCalibrator:
             f"Expected the float weights that {folder} was made from, got others for {saved.model!r}. "
             "Put back the checkpoint named in its config.yaml, or quantize again."
         )
-    # A finished run has its images itself.
+    # A finished run has its images itself, and may be older than an option of schemes that its name does not tell.
     options = {**calibrator_options(saved), "images_from": None, "held_back": identity["held_back"]}
+    options["scheme"] = scheme_of_run(identity["scheme"])
     calibrator = DataFreeCalibrator(model, **options)
     calibrator.load(folder)
     return calibrator

@@ -41,6 +41,8 @@ from maskaq_brevitas.tuning.stages import fitting_effort
 __all__ = ["quantize"]
 
 _SPLIT_SEED = 2_000_003
+# What an effort may not hold for a model, in groups that are the user's as soon as one of each is.
+_FITTED = (("kept_tokens",), ("head_weight", "entropy_weight", "align_weight"))
 
 
 def quantize(options: Namespace) -> None:
@@ -115,12 +117,17 @@ def _fit_effort(options: Namespace, model: nn.Module) -> None:
     """
     usual, values = EFFORTS[options.effort], vars(options)
     fitting = fitting_effort(usual, model)
+    if options.images_from is None and options.images == usual.num_images:
+        options.images = fitting.num_images
     for section, before, after in (
         ("synthesis", usual.synthesis, fitting.synthesis), ("tuning", usual.tuning, fitting.tuning)
     ):  # fmt: skip
-        for key, value in ({} if before is None else vars(before)).items():
-            if getattr(after, key) != value and values[f"{section}.{key}"] == value:
-                values[f"{section}.{key}"] = getattr(after, key)
+        if before is None or after is None or (section == "synthesis" and options.images_from is not None):
+            continue
+        for names in _FITTED:
+            changed = [name for name in names if getattr(before, name, None) != getattr(after, name, None)]
+            if all(values[f"{section}.{name}"] == getattr(before, name) for name in changed):
+                values.update({f"{section}.{name}": getattr(after, name) for name in changed})
 
 
 def _fitting_batch(model: nn.Module, device: torch.device) -> int:
@@ -136,18 +143,18 @@ def _row(
 
 
 def _real_images(calibrator: DataFreeCalibrator, data: Data, options: Namespace) -> Tensor | None:
-    """As many real images as there are synthetic ones, drawn by the seed; None if there are none or none are wanted."""
+    """As many real images as synthetic ones calibrate, drawn by the seed; None if there are none or none are wanted."""
     if data.calibration is None or data.evaluation is None or options.no_baselines:
         return None
     order = torch.randperm(len(data.calibration), generator=torch.Generator().manual_seed(options.seed))
-    return torch.stack([data.calibration[index][0] for index in order[: options.images].tolist()])
+    return torch.stack([data.calibration[index][0] for index in order[: calibrator.calibration_images].tolist()])
 
 
 def _compared_rows(
     calibrator: DataFreeCalibrator, real: Tensor | None, data: Data, options: Namespace
 ) -> list[AccuracyRow]:
     """The same quantizers, calibrated in the same way, on noise, on the synthetic and on real images."""
-    count = options.images
+    count = calibrator.calibration_images
     rows = []
 
     def calibrated_row(name: str, images: Tensor | None) -> AccuracyRow:
@@ -159,7 +166,7 @@ def _compared_rows(
         rows.append(_row("calibrated on synthetic images", calibrator.freeze(), data, options, count))
     else:
         rows.append(calibrated_row("synthetic images", None))
-        rows.append(_row("tuned on synthetic images", calibrator.freeze(), data, options, count))
+        rows.append(_row("tuned on synthetic images", calibrator.freeze(), data, options, options.images))
     if real is not None:
         split = "real training images" if options.calibration_data is None else "real images"
         rows.append(calibrated_row(split, real))

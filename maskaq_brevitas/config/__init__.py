@@ -9,6 +9,7 @@ from maskaq_brevitas.config.efforts import Effort
 from maskaq_brevitas.config.efforts import EffortName
 from maskaq_brevitas.config.efforts import resolve_effort
 from maskaq_brevitas.config.mapping import from_mapping
+from maskaq_brevitas.config.mapping import scheme_of_run
 from maskaq_brevitas.config.mapping import to_mapping
 from maskaq_brevitas.config.scheme import SCHEME_NAMES
 from maskaq_brevitas.config.scheme import LayerBits
@@ -37,5 +38,6 @@ __all__ = [
     "parse_bits",
     "resolve_effort",
     "resolve_scheme",
+    "scheme_of_run",
     "to_mapping",
 ]

@@ -9,9 +9,10 @@ from typing import Any
 from typing import TypeVar
 
 from maskaq_brevitas.config.scheme import LayerBits
+from maskaq_brevitas.config.scheme import Scheme
 from maskaq_brevitas.errors import ConfigurationError
 
-__all__ = ["from_mapping", "to_mapping"]
+__all__ = ["from_mapping", "scheme_of_run", "to_mapping"]
 
 _Config = TypeVar("_Config")
 
@@ -43,3 +44,13 @@ def from_mapping(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
         return cls(**converted)
     except TypeError as error:
         raise ConfigurationError(f"{cls.__name__}: {error}") from error
+
+def scheme_of_run(values: Mapping[str, Any]) -> Scheme:
+    """The scheme of a run from what :func:`to_mapping` made of it, perhaps long ago.
+
+    An option that the run is older than has its default, or what was in use before there was a choice.
+
+    Raises:
+        ConfigurationError: if the values are no scheme.
+    """
+    return from_mapping(Scheme, {"weight_levels": "symmetric", **values})

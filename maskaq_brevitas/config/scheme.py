@@ -69,7 +69,7 @@ class Scheme:
         probability_bits: width of the attention probabilities. ``None`` means the nominal activation width.
         weight_range: ``"minmax"`` (largest absolute value of the channel) or ``"mse"`` (grid search per channel).
         weight_levels: ``"all"`` (from -2^(b-1), one more below zero than above) or ``"symmetric"``: Brevitas' narrow
-            range, which leaves seven of eight levels at 3 bits. It counts below 8 bits and for searched ranges alone.
+            range, which leaves seven of eight levels at 3 bits. It counts from 3 to 7 bits and for searched ranges.
         activation_range: ``"percentile"`` (99.999 %), ``"minmax"``, ``"mse"`` (Brevitas' grid search per batch,
             averaged), or ``"search"``: min-max, then shrunk to the least error of the layer's output, token by token
             (:mod:`maskaq_brevitas.tuning.ranges`).

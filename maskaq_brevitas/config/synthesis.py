@@ -67,10 +67,14 @@ class SynthesisConfig:
         kept_tokens: share of the patches that both networks still see at the end: those that receive least attention
             are dropped in four cuts before 40 % of the iterations (sparse inversion), and an iteration costs less and
             less. What they show is then shaped by total variation alone. 1 drops none.
-        view_area: below 1, each iteration shows the networks a part of the image, turned a little, at full size: at
-            least this share of its area, drawn for each image. What is recognised then has the size of an object, not
-            of a texture (the transformations of Olah, Mordvintsev, Schubert: Feature Visualization, 2017). Nothing is
-            rolled then, and ``kept_tokens`` drops patches at random, others in each iteration.
+        view_area: below 1, each iteration shows the networks a part of the image, turned a little, at full size: this
+            share of its area or more, drawn for each image (sides that would leave the image are cut, so above 0.75 a
+            part may be smaller). What is recognised then has the size of an object, not of a texture (the
+            transformations of Olah, Mordvintsev, Schubert: Feature Visualization, 2017). Nothing is rolled then
+            (``jitter`` and ``late_jitter`` do not count), and ``kept_tokens`` drops patches at random, others in each
+            iteration. Such images look better and taught less: ViT-Tiny at w3a3, 384 images of 30 iterations by class
+            and total variation, 300 steps of distillation, divergence on crops of foolbox's photographs in nats 3.58
+            (0.25, at a ``learning_rate`` of 0.1), without views 2.88 (at 0.05); one run each.
         view_turn: largest angle of such a part, in degrees.
         jitter: the image is rolled by up to this many pixels in each direction, first half of the run; pixels of an
             image whose shorter side is 224, scaled to the model's size.

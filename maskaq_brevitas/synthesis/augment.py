@@ -103,7 +103,8 @@ def draw_crops(
 
     Args:
         shape: of the images, ``(batch, channels, height, width)``.
-        area: the smallest share of the image; the largest is all of it. Sides change by up to 4 : 3.
+        area: smallest share of the image that is drawn; the largest is all of it. Sides change by up to 4 : 3, and are
+            cut to those of the image.
         degrees: largest angle that a part is turned by.
         mirrored: share of the parts that are mirrored.
         generator: random source on the CPU.

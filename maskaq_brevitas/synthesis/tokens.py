@@ -1,5 +1,5 @@
-"""Which patches both networks still see while images are synthesised: the informative ones, fewer as the run goes on,
-or with views any.
+"""Which patches both networks still see while images are synthesised: fewer as the run goes on, the informative ones
+of an image, or in views any.
 
 Sparse model inversion (Hu et al., ICML 2024): what an image is about settles early in a few patches, and the others
 cost as much and are pushed towards noise.
@@ -29,7 +29,7 @@ class KeptTokens:
         share: of the patches that is kept in the end, in (0, 1]; at least one.
 
     Attributes:
-        places: numbers of the kept patches, ``(batch, kept)``, on the CPU.
+        places: numbers of the kept patches on the image, ``(batch, kept)``, on the CPU.
     """
 
     def __init__(self, geometry: Geometry, batch: int, share: float):
@@ -39,7 +39,7 @@ class KeptTokens:
         self.places = torch.arange(geometry.patches).expand(batch, -1)
 
     def draw(self, generator: torch.Generator) -> None:
-        """Called before each iteration."""
+        """Called before each iteration; there is nothing to draw here."""
 
     def is_due(self, progress: float) -> bool:
         """Whether patches have to be dropped before the iteration at ``progress`` (0 at the first one, 1 at the last).
@@ -81,7 +81,8 @@ class KeptTokens:
 
 class DrawnTokens(KeptTokens):
     """As many patches as :class:`KeptTokens` keeps, but drawn anew for each iteration: for views, in which the same
-    place shows another part of the image each time. Which ones attention falls on does not matter.
+    place shows another part of the image each time. Which ones attention falls on does not matter, and what is drawn
+    are patches of the view.
     """
 
     def __init__(self, geometry: Geometry, batch: int, share: float):

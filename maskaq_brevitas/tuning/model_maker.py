@@ -115,15 +115,20 @@ class QuantModelMaker:
         wanted["biases"] = scheme.bias_correction
         return places, search_ranges(quant_model, batches, **wanted) if any(wanted.values()) else {}
 
-    def allocate(self, float_snapshot: nn.Module, batches: list[Tensor], bar: BarFactory) -> None:
-        """Mixed precision: choose the widths of layers by what each costs on ``batches``.
+    def allocation(
+        self, average: float, float_snapshot: nn.Module, batches: list[Tensor], bar: BarFactory
+    ) -> dict[str, str]:
+        """Mixed precision: widths of layers, chosen by what each costs on ``batches``, for :attr:`allocated`.
+
+        Args:
+            average: the scheme's ``average_bits``.
+            float_snapshot: on the device.
+            batches: normalised images on the device.
+            bar: makes progress bars.
 
         Raises:
-            ConfigurationError: if no widths cost as little as ``scheme.average_bits`` says.
+            ConfigurationError: if no widths cost as little as that.
         """
-        average = self.scheme.average_bits
-        if average is None:
-            return
 
         def calibrated(scheme: Scheme) -> nn.Module:
             quant_model = self._swapped(scheme, self.overrides)
@@ -131,7 +136,7 @@ class QuantModelMaker:
             return quant_model
 
         with bar(len(candidate_widths(average)), "Measuring bit widths") as measured:
-            self.allocated = allocate_widths(
+            return allocate_widths(
                 self.float_model, float_snapshot, self.scheme, self.overrides, batches, calibrated,
                 on_width=lambda _: measured.update(),
             )  # fmt: skip

@@ -69,23 +69,25 @@ def check_tuning(tunings: tuple[TuningConfig, ...], float_model: nn.Module, quan
 
 
 def fitting_effort(effort: Effort, *models: nn.Module) -> Effort:
-    """An effort with all tokens where a model needs all, and with the terms of attention where no class shapes images.
+    """An effort with all tokens where a model needs all; and with the terms of attention, and a third of the images,
+    where no class shapes images without them.
 
     Args:
         effort: named by the user, who may not know that.
         models: the float model, and a quant model if it was given.
     """
-    synthesis, tuning = effort.synthesis, effort.tuning
+    count, synthesis, tuning = effort.num_images, effort.synthesis, effort.tuning
     if any(why_all_tokens(model) for model in models):
         synthesis = replace(synthesis, kept_tokens=1.0)
         tuning = None if tuning is None else replace(tuning, kept_tokens=1.0)
-    if not has_classes(models[0]):
+    if not has_classes(models[0]) and not synthesis.head_weight:
+        count //= 3
         usual = SynthesisConfig()
         synthesis = replace(
             synthesis, head_weight=usual.head_weight, entropy_weight=usual.entropy_weight,
             align_weight=usual.align_weight,
         )  # fmt: skip
-    return replace(effort, synthesis=synthesis, tuning=tuning)
+    return replace(effort, num_images=count, synthesis=synthesis, tuning=tuning)
 
 
 def with_precision(config: AnyConfig, device: torch.device) -> AnyConfig:

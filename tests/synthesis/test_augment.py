@@ -85,11 +85,21 @@ def test_parts_are_turned_mirrored_and_cut_without_shear():
     assert 0.3 < float(mirrored) < 0.7
 
 
-def test_unturned_parts_of_the_whole_area_are_the_image():
-    images = torch.rand(3, 2, 12, 20, generator=generator())
-    lines = augment.draw_crops(tuple(images.shape), 1.0, 0.0, 0.0, generator())
-    # Of all parts that keep the area, those within the image have its shape.
-    whole = lines[:, 0, 0].minimum(lines[:, 1, 1])
-    assert float(whole.min()) > 0.74  # sides change by up to 4 : 3
-    lines[:, [0, 1], [0, 1]], lines[:, :, 2] = 1.0, 0.0
-    torch.testing.assert_close(augment.cut_out(images, lines), images, atol=1e-5, rtol=0)
+def test_a_part_is_what_slicing_gives():
+    """Half of each side, at twice the size, from the corner that the offset says."""
+    images = torch.rand(2, 3, 12, 20, generator=generator())
+    lines = torch.tensor([[0.5, 0, -0.5], [0, 0.5, 0.5]]).expand(2, -1, -1)  # left and at the bottom
+    found = augment.cut_out(images, lines)
+    expected = torch.nn.functional.interpolate(images[..., 6:, :10], (12, 20), mode="bilinear")
+    torch.testing.assert_close(found[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1])  # behind the border there is more
+
+
+@pytest.mark.parametrize("area", (0.25, 0.6, 1.0))
+def test_parts_lie_in_the_image_and_are_as_large_as_said(area):
+    lines = augment.draw_crops((500, 3, 24, 40), area, 0, 0, generator())
+    sizes, offsets = lines[:, [0, 1], [0, 1]], lines[:, :, 2]
+    assert ((offsets.abs() + sizes) <= 1 + 1e-6).all()
+    shares = sizes.prod(dim=1)
+    assert shares.max() > 0.98 * min(1.0, area + 0.75 * (1 - area)) and shares.max() <= 1
+    if area < 0.75:  # above, sides are cut to the image
+        assert area <= shares.min() < area + 0.02

@@ -68,6 +68,21 @@ def test_light_augmentation_cuts_a_large_part_out_of_each_image():
     assert len({round(float(image.mean()), 3) for image in found[:, 0]}) > 32  # in different places
 
 
+def test_strong_augmentation_takes_large_parts_turned_and_mirrored(monkeypatch):
+    """Where each pixel of a part lies in the image, without the change of light and the blots."""
+    monkeypatch.setattr(changes, "_other_light", lambda shares, _: shares)
+    monkeypatch.setattr(changes, "_blended", lambda images, _: images)
+    rows, columns = torch.meshgrid(torch.arange(48.0), torch.arange(80.0), indexing="ij")
+    found = changes.augment(torch.stack([columns, rows]).expand(64, -1, -1, -1), "strong", generator())
+    middle = found[:, :, 20:28, 36:44]
+    across = (middle[..., :, 1:] - middle[..., :, :-1]).flatten(2).median(dim=2).values
+    down = (middle[..., 1:, :] - middle[..., :-1, :]).flatten(2).median(dim=2).values
+    area = across.norm(dim=1) * down.norm(dim=1)
+    assert 0.29 < float(area.min()) < 0.4 and 0.85 < float(area.max()) <= 1 + 1e-4
+    assert 15 < float(torch.rad2deg(torch.atan2(across[:, 1], across[:, 0].abs())).abs().max()) <= 20 + 1e-3
+    assert 0.3 < float((across[:, 0] < 0).float().mean()) < 0.7
+
+
 @pytest.mark.parametrize("channels", (1, 3, 5))
 def test_strong_augmentation_changes_light_between_black_and_white(channels):
     shares = torch.rand(64, channels, 24, 24, generator=generator())
