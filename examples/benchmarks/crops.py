@@ -22,11 +22,10 @@ from statistics import mean
 from statistics import stdev
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch import nn
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode
-from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from maskaq_brevitas.commands.common import load_run
@@ -60,7 +59,7 @@ def photographs(folder: str | None) -> list[Tensor]:
         files = sorted(path for path in place.rglob("*") if path.suffix.lower() in _ENDINGS)
     if not files:
         raise InputError(f"Expected photographs ({', '.join(_ENDINGS)}) in {place}, found none.")
-    return [decode_image(str(path), mode=ImageReadMode.RGB) for path in files]
+    return [v2.functional.pil_to_tensor(Image.open(path).convert("RGB")) for path in files]
 
 
 def crops(photo: Tensor, count: int, geometry: Geometry) -> Tensor:
