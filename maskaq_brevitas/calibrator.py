@@ -266,7 +266,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
     @property
     def calibration_images(self) -> int:
         """How many images of the pool the quant model is calibrated on."""
-        return len(self.pool if self.quant_maker is None else self.quant_maker.chosen(self.pool.pixels))
+        return len(self.pool) if self.quant_maker is None else self.quant_maker.count(len(self.pool))
 
     @property
     def allocated(self) -> dict[str, str]:

@@ -53,8 +53,7 @@ class KeptTokens:
             received: attention that each kept patch receives, ``(batch, kept)``, in the order of :attr:`places`.
             progress: see :meth:`is_due`.
         """
-        self.cuts = sum(progress >= cut for cut in _CUTS)
-        count = max(1, round(self.geometry.patches * self.share ** (self.cuts / len(_CUTS))))
+        count = self._next_count(progress)
         best = received.cpu().topk(min(count, received.shape[1]), dim=1).indices
         self.places = self.places.gather(1, best)
 
@@ -78,6 +77,11 @@ class KeptTokens:
             column = columns - 1 - column
         return patch_tokens(row * columns + column, self.geometry.prefix_tokens)
 
+    def _next_count(self, progress: float) -> int:
+        """Note the cut that is due, and tell how many patches it leaves."""
+        self.cuts = sum(progress >= cut for cut in _CUTS)
+        return max(1, round(self.geometry.patches * self.share ** (self.cuts / len(_CUTS))))
+
 
 class DrawnTokens(KeptTokens):
     """As many patches as :class:`KeptTokens` keeps, but drawn anew for each iteration: for views, in which the same
@@ -97,8 +101,7 @@ class DrawnTokens(KeptTokens):
             self.places = drawn[:, prefix:] - prefix
 
     def cut(self, received: Tensor, progress: float) -> None:
-        self.cuts = sum(progress >= cut for cut in _CUTS)
-        self.count = max(1, round(self.geometry.patches * self.share ** (self.cuts / len(_CUTS))))
+        self.count = self._next_count(progress)
 
     def tokens(self, down: int, right: int, flipped: bool) -> Tensor:
         return patch_tokens(self.places, self.geometry.prefix_tokens)

@@ -72,16 +72,19 @@ class QuantModelMaker:
 
     def provisional(self, batches: list[Tensor]) -> nn.Module:
         """A quant model at nominal widths, calibrated on ``batches``."""
-        quant_model = self._swapped(self.scheme, self.overrides)
-        self.calibrate(quant_model, batches)
-        return quant_model
+        return self._calibrated(self.scheme, batches)
+
+    def count(self, available: int) -> int:
+        """How many of that many images to calibrate on."""
+        return min(available, _CALIBRATED_ON)
 
     def chosen(self, pixels: Tensor) -> Tensor:
         """Those of a pool's images to calibrate on: all, or some drawn by the seed, in their order."""
-        if len(pixels) <= _CALIBRATED_ON:
+        count = self.count(len(pixels))
+        if count == len(pixels):
             return pixels
         order = torch.randperm(len(pixels), generator=random_stream(self.seed, _CHOSEN))
-        return pixels[order[:_CALIBRATED_ON].sort().values]
+        return pixels[order[:count].sort().values]
 
     def calibrate(
         self, quant_model: nn.Module, batches: list[Tensor]
@@ -129,17 +132,16 @@ class QuantModelMaker:
         Raises:
             ConfigurationError: if no widths cost as little as that.
         """
-
-        def calibrated(scheme: Scheme) -> nn.Module:
-            quant_model = self._swapped(scheme, self.overrides)
-            self.calibrate(quant_model, batches)
-            return quant_model
-
         with bar(len(candidate_widths(average)), "Measuring bit widths") as measured:
             return allocate_widths(
-                self.float_model, float_snapshot, self.scheme, self.overrides, batches, calibrated,
-                on_width=lambda _: measured.update(),
+                self.float_model, float_snapshot, self.scheme, self.overrides, batches,
+                lambda scheme: self._calibrated(scheme, batches), on_width=lambda _: measured.update(),
             )  # fmt: skip
+
+    def _calibrated(self, scheme: Scheme, batches: list[Tensor]) -> nn.Module:
+        quant_model = self._swapped(scheme, self.overrides)
+        self.calibrate(quant_model, batches)
+        return quant_model
 
     def _swapped(self, scheme: Scheme, overrides: Mapping[str, str]) -> nn.Module:
         with warnings.catch_warnings():
