@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch import nn
-from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from maskaq_brevitas.commands.common import load_run
@@ -36,6 +35,7 @@ from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.modes import seeded
 from maskaq_brevitas.report.report import text_table
+from maskaq_brevitas.tuning.losses import temperature_divergence
 
 SHIPPED = ("astronaut", "chelsea", "coffee", "motorcycle_left", "retina", "rocket")
 _ENDINGS = (".jpg", ".jpeg", ".png")
@@ -80,16 +80,11 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([read_logits(model, model(part)).float() for part in images.split(32)])
 
 
-def divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL divergence of ``found`` from ``wanted``, logits ``(images, classes)`` both, in nats, ``(images,)``."""
-    return F.kl_div(F.log_softmax(found, 1), F.log_softmax(wanted, 1), reduction="none", log_target=True).sum(1)
-
-
 def compared(models: tuple[nn.Module, nn.Module], images: Tensor) -> tuple[float, float]:
     """Mean divergence of the second model from the first, and the share of equal top-1 in percent."""
     wanted, found = (logits(model, images) for model in models)
     equal = (wanted.argmax(1) == found.argmax(1)).float().mean()
-    return float(divergence(wanted, found).mean()), float(equal) * 100
+    return float(temperature_divergence(wanted, found, 1.0)), float(equal) * 100
 
 
 def summary(measured: list[tuple[float, float]]) -> list[str]:
