@@ -35,6 +35,7 @@ from larger_models import Segmenter  # noqa: E402
 from larger_models import TokenReader  # noqa: E402
 from larger_models import detector  # noqa: E402
 from larger_models import drawn  # noqa: E402
+from larger_models import transformers_model  # noqa: E402
 
 
 def make(model, quant_model=None, *, backbone="encoder", scheme="w8a8", **options):
@@ -206,6 +207,47 @@ def test_export_of_a_backbone_with_several_outputs(tmp_path):
     assert verify_qcdq(tmp_path / "part.onnx", part, images).passed
     export_torch_program(part, tmp_path / "part.pt2", input_shape=(3, 32, 32), dynamic_batch=False)
     assert verify_torch_file(tmp_path / "part.pt2", part, images[:1], kind="torch-export").passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "read", "layers"),
+    [
+        ("upernet_swin", lambda out: out.logits, 6),
+        ("mask2former_swin", lambda out: out.masks_queries_logits, 6),
+        ("depth_anything", lambda out: out.predicted_depth, 2),
+    ],
+)
+def test_models_of_transformers_on_its_own_backbones(kind, read, layers, tmp_path):
+    model = transformers_model(kind)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    name = next(name for name, part in model.named_modules() if hasattr(part, "out_features"))
+    with torch.no_grad():
+        wanted = read(model(images))
+    tuning = DistillConfig(epochs=1, refresh_every=None, distance_weight=0.0, feature_weight=1.0)
+    calibrator = make(model, backbone=name, held_back=2, tuning=tuning)
+    quant_model = calibrator.quantize()
+    backbone = quant_model.get_submodule(name)
+    assert type(quant_model) is type(model) and type(backbone) is type(model.get_submodule(name))
+    with torch.no_grad():
+        assert 1e-4 < relative(read(quant_model(images)), wanted) < 0.2
+        assert torch.equal(read(model(images)), wanted)
+        maps, float_maps = backbone(images).feature_maps, model.get_submodule(name)(images).feature_maps
+    errors = [relative(*pair) for pair in zip(maps, float_maps, strict=True)]
+    # Random weights amplify what rounding changes, block after block.
+    assert 1e-4 < errors[0] < 0.1 and max(errors) < 0.6
+    assert sum(place.name.endswith(".query") for place in calibrator.swap_record.places) == layers
+    part = quant_model if kind == "upernet_swin" else backbone
+    file = export_qonnx(part, tmp_path / "model.onnx", input_shape=(3, 32, 32))
+    same = 2 * layers  # quantizers in front of keys and values that equal the one in front of queries
+    assert count_quantizers(part) - same <= file.quant_nodes <= count_quantizers(part)
+    assert verify_qonnx(tmp_path / "model.onnx", part, images[:1]).passed
+
+
+def test_the_inside_of_a_swin_backbone_is_no_backbone_of_its_own():
+    model = transformers_model("upernet_swin", depths=(1, 1), image_size=24)  # grids of 6 x 6 and 3 x 3
+    calibrator = make(model, backbone="backbone.swin")
+    with pytest.raises(ModelError, match="Quantize the whole SwinBackbone"):
+        calibrator.calibrate()(torch.zeros(1, 3, 24, 24))
 
 
 def test_transformers_segmentation_on_a_backbone_of_timm(tmp_path):

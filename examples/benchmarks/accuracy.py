@@ -7,7 +7,8 @@
 
 All rows share quantizers, number of images, calibration and tuning code; they differ in the images alone. Finished
 cells are kept in ``OUT/accuracy.json`` and skipped when the command is started again; another budget is refused.
-``OUT/accuracy.md`` holds the table. Labels only evaluate; the rows with real images are a yardstick.
+``OUT/accuracy.md`` holds the table. Labels only evaluate; the rows with real images are a yardstick. ``--runs`` adds a
+row for each finished run, evaluated on the same images: what the rows of the same tuning compare with.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from torch.utils.data import Subset
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas import load_model
+from maskaq_brevitas.commands.common import load_run
+from maskaq_brevitas.commands.common import saved_options
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import from_mapping
@@ -298,6 +301,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--schemes", nargs="+", help=f"columns; default {' '.join(COLUMNS)} (ablation: {' '.join(ABLATION_COLUMNS)})")
     add("--rows", nargs="+", choices=[*ROWS, *ABLATION], help="rows; default all")
+    add("--runs", nargs="+", default=[], metavar="RUN", help="folders of finished runs of the model: a row for each")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quiet", action="store_true", help="no progress bars")
@@ -353,6 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
     }, "resume")  # fmt: skip
     cells: dict[str, dict] = run.read_json("accuracy.json")["cells"] if run.has("accuracy.json") else {}
     titles = {row: title for row, (title, _) in ABLATION.items()} if options.ablation else ROWS
+    titles = {**titles, **{folder: f"Finished run {folder}" for folder in options.runs}}
 
     last = time.perf_counter()
 
@@ -373,7 +378,8 @@ def main(arguments: list[str] | None = None) -> None:
         run.write_json("accuracy.json", {"cells": cells, "note": note})
         order = {name: titles[name] for name in titles if any(key.startswith(f"{name}|") for key in cells)}
         columns = list(dict.fromkeys([*options.schemes, *(key.split("|")[1] for key in cells)]))
-        text = markdown(cells, order, columns, options.seeds, options.ablation, note)
+        seeds = sorted({*options.seeds, *(int(key.split("|")[2]) for key in cells)})
+        text = markdown(cells, order, columns, seeds, options.ablation, note)
         write_whole(run.file("accuracy.md"), lambda aside: aside.write_text(text, encoding="utf-8"))
         print(f"{row:16} {scheme} seed {seed}: {cell['top1']:.1f} ({cell['seconds']:.0f} s)", file=sys.stderr)
 
@@ -391,6 +397,15 @@ def main(arguments: list[str] | None = None) -> None:
             make = ablation_cells if options.ablation else table_cells
             for row, cell in make(bench, scheme, seed, missing, shared):
                 keep(row, scheme, seed, cell)
+    for folder in options.runs:
+        saved = saved_options(argparse.Namespace(run=folder, quiet=True), quiet=True)
+        if f"{folder}|{saved.scheme}|{saved.seed}" not in cells:
+            found = load_run(folder, saved)
+            if fingerprint(found.float_model) != fingerprint(model):
+                sys.exit(f"{folder}: expected a run of {options.model} with these weights, got one of {saved.model}.")
+            report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+            seconds = sum(stage["seconds"] for stage in report["stages"])
+            keep(folder, saved.scheme, saved.seed, {"top1": bench.top1(found.freeze()), "seconds": round(seconds, 1)})
     print((options.out / "accuracy.md").read_text(encoding="utf-8"))
 
 

@@ -18,12 +18,14 @@ def output_tensors(value: Any) -> list[Tensor] | None:
     """The tensors of an output, in the order in which exporters write them; None if it holds something else.
 
     Args:
-        value: a tensor, a list or tuple of tensors, or a mapping to tensors, of which those that are None are left out.
+        value: a tensor, a list or tuple of tensors, or a mapping to tensors, and to lists and tuples of them, of which
+            those that are None are left out.
     """
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        value = [part for part in value.values() if part is not None]
+        parts = [part if isinstance(part, (list, tuple)) else (part,) for part in value.values() if part is not None]
+        value = [tensor for part in parts for tensor in part]
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(part, Tensor) for part in value):
         return None
     return list(value)

@@ -26,6 +26,7 @@ from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.families import class_count
 from maskaq_brevitas.models.families import family_of
 from maskaq_brevitas.models.families import known_families
+from maskaq_brevitas.models.families import why_whole_grid
 from maskaq_brevitas.models.geometry import read_geometry
 
 __all__ = ["HostedBackbone", "tensors_in"]
@@ -39,11 +40,13 @@ class _GivesFeatures(nn.Module):
 
     Attributes:
         own: the backbone's own class.
+        gives_features: tells apart from that class.
         intermediates: arguments of timm's ``forward_intermediates``, where a wrapper of timm's asks for that.
         weights: factor of each feature map, in the order in which the backbone gives them.
     """
 
     own: type[nn.Module]
+    gives_features = True
     intermediates: Mapping[str, Any] | None = None
     weights: tuple[float, ...] | None = None
     forward_intermediates: Callable[..., Iterable[Tensor]]
@@ -76,7 +79,7 @@ class HostedBackbone:
 
     Args:
         model: the larger model; it is not changed.
-        name: of the backbone in it: a timm model of a registered family, or timm's ``features_only`` wrapper of one.
+        name: of the backbone in it: a model of a registered family, or timm's ``features_only`` wrapper of one.
 
     Attributes:
         network: the backbone as a network: images ``(batch, channels, height, width)`` to logits, if it has a
@@ -179,6 +182,12 @@ def _checked_name(model: nn.Module, name: str) -> str:
             f"backbone: {name!r} of {type(model).__name__} is {type(found).__name__}; expected a model of a registered "
             f"family, or timm's features_only wrapper of one. {hint}"
         )
+    family = family_of(found)
+    if family is not None and family.logits is not None and class_count(found):
+        raise ModelError(
+            f"backbone: {name!r} is {type(found).__name__}, a whole classifier, whose output is no tensor. Expected "
+            f"what it is made of: {name}.{found.base_model_prefix}."
+        )
     return name
 
 
@@ -191,9 +200,8 @@ def _shown_class(backbone: nn.Module, trunk: nn.Module) -> type[nn.Module]:
     """The class under which the trunk is a network with one output; its own if it gives logits already."""
     own = type(trunk)
     if isinstance(backbone, FeatureGetterNet):
-        family = family_of(trunk)
         # Without a grid the values are the same, and tokens can be left out.
-        needs_grid = family is None or family.whole_grid
+        needs_grid = family_of(trunk) is None or why_whole_grid(trunk)
         layout = backbone.output_fmt if needs_grid else "NLC"
         options = dict(indices=backbone.out_indices, norm=backbone.norm, output_fmt=layout, intermediates_only=True)
         return type(own.__name__, (_GivesFeatures, own), {"own": own, "intermediates": options})

@@ -69,6 +69,7 @@ __all__ = [
     "register_family",
     "token_place",
     "unknown_attention_modules",
+    "why_whole_grid",
     "write_out",
     "written_out",
 ]
@@ -295,10 +296,11 @@ def _facts(model: nn.Module) -> Family:
 def answer_logits(model: nn.Module) -> None:
     """Let a model whose family's output is an object (transformers) give its logits, a tensor, instead; in place.
 
-    A forward hook does it, which copies of the model keep: its class, its configuration and the names in it stay.
+    One without classes gives its features. What is part of a larger model (``gives_features``) is left as it is. A
+    forward hook does it, which copies of the model keep: its class, its configuration and the names in it stay.
     """
     family = _facts(model)
-    if family.logits is not None and isinstance(model, family.models):
+    if family.logits is not None and isinstance(model, family.models) and not getattr(model, "gives_features", False):
         model.register_forward_hook(_AnswerLogits(family.logits))
 
 
@@ -337,6 +339,12 @@ def has_class_token(model: nn.Module) -> bool:
 def classifier_layers(model: nn.Module) -> tuple[nn.Module, ...]:
     """The layers of a model that give logits (two for a distilled DeiT)."""
     return _facts(model).classifier(model)
+
+
+def why_whole_grid(model: nn.Module) -> str:
+    """Why the family of a model says that no tokens can be left out; empty if it does not."""
+    reason = _facts(model).whole_grid
+    return reason if isinstance(reason, str) else reason(model)
 
 
 def embedding_pattern(model: nn.Module) -> str:

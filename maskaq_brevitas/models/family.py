@@ -119,7 +119,7 @@ class Family:
         input_size: ``(height, width)``; None asks ``model.patch_embed.img_size``, else the model's configuration.
         prefix: tokens in front of the patches inside the blocks.
         passages: name of a block -> name of the module that stands between the block before and this one.
-        whole_grid: why no tokens can be left out; empty if they can.
+        whole_grid: why no tokens can be left out, or a function of the model that tells; empty if they can.
         tail: why nothing can be computed from a block's output alone up to the features; empty if it can.
         create: name of an example and its arguments -> the model, with random weights.
         classes: number of classes, 0 for a model that gives features, None if the model does not tell.
@@ -150,7 +150,7 @@ class Family:
     input_size: Callable[[Any], tuple[int, int]] | None = None
     prefix: Callable[[Any], int] = _model_prefix
     passages: Callable[[Any], dict[str, str]] = _no_passages
-    whole_grid: str = ""
+    whole_grid: str | Callable[[Any], str] = ""
     tail: str = ""
     create: Callable[..., nn.Module] = timm.create_model
     classes: Callable[[Any], int | None] = _timm_classes

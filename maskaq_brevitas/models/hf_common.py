@@ -1,8 +1,8 @@
-"""What the image classifiers of Hugging Face transformers (5.x) have in common. Importing this imports no transformers.
+"""What the vision models of Hugging Face transformers (5.x) have in common. Importing this imports no transformers.
 
 Their names for things are read from the model that its class calls the base model (``vit``, ``deit``, ``dinov2``,
-``swin``). Their image processors are apart from the models: mean and standard deviation are told by ``pretrained_cfg``,
-see :func:`~maskaq_brevitas.models.geometry.read_geometry`.
+``swin``), which may be the model itself. Their image processors are apart from the models: mean and standard deviation
+are told by ``pretrained_cfg``, see :func:`~maskaq_brevitas.models.geometry.read_geometry`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 from typing import cast
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.data.constants import IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
@@ -24,7 +25,17 @@ from maskaq_brevitas.models.family import ChannelPlace
 from maskaq_brevitas.models.family import has_affine
 from maskaq_brevitas.models.family import mlp_places
 
-__all__ = ["IMAGENET", "SMALL", "ExplicitHFAttention", "class_features", "hf_places", "hf_traits", "timm_mlp"]
+__all__ = [
+    "IMAGENET",
+    "SMALL",
+    "ExplicitHFAttention",
+    "class_features",
+    "gives_maps",
+    "hf_places",
+    "hf_traits",
+    "timm_mlp",
+    "trunk_name",
+]
 
 #: Normalisation of the usual checkpoints on the hub, where the model does not tell.
 IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
@@ -81,32 +92,59 @@ def hf_places(first: str, second: str) -> Callable[[str, nn.Module], list[Channe
     return places
 
 
-def class_features(model: Any) -> Callable[[Tensor], Tensor]:
-    """Tokens -> the normalised class token, ``(batch, channels)``."""
-    return lambda tokens: model.base_model.layernorm(tokens)[:, 0]
+def class_features(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """Tokens -> the normalised class token, ``(batch, channels)``; None for a backbone, which gives no such thing."""
+    return None if gives_maps(model) else lambda tokens: model.base_model.layernorm(tokens)[:, 0]
+
+
+def gives_maps(model: Any) -> bool:
+    """Whether a model is a backbone (``Dinov2Backbone``, ``SwinBackbone``): feature maps of several blocks."""
+    return hasattr(model, "out_features")
+
+
+def trunk_name(model: Any) -> str:
+    """Name of the base model in a model, with a dot behind it; empty if it is the model itself."""
+    return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
 
 
 def _sides(value: int | tuple[int, int]) -> tuple[int, int]:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _logits(output: Any) -> Tensor:
-    return output.logits
+def _answer(output: Any) -> Tensor:
+    """The tensor in what a model gives: logits, else what it pools, else its tokens or feature maps in one row."""
+    for name in ("logits", "pooler_output"):
+        if getattr(output, name, None) is not None:
+            return cast(Tensor, getattr(output, name))
+    parts = output.feature_maps if "feature_maps" in output else (output.last_hidden_state,)
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def hf_traits(*classifiers: type[nn.Module], prefix: int, data: dict[str, Any] = IMAGENET) -> dict[str, Any]:
+def hf_traits(
+    *classifiers: type[nn.Module],
+    without_classes: tuple[type[nn.Module], ...],
+    prefix: int,
+    data: dict[str, Any] = IMAGENET,
+) -> dict[str, Any]:
     """The arguments of a ``Family`` that all have in common.
 
     Args:
-        classifiers: classes of its models.
+        classifiers: classes of its models that give logits.
+        without_classes: those that give features.
         prefix: tokens in front of the patches; the first one is a class token, if there is one.
         data: normalisation of the usual checkpoints.
     """
 
+    models = (*classifiers, *without_classes)
+
     def classes(model: Any) -> int:
+        if isinstance(model, without_classes):
+            return 0
         if not isinstance(model, classifiers):
-            names = " or ".join(kind.__name__ for kind in classifiers)
-            raise ModelError(f"{type(model).__name__} of transformers gives no logits. Expected {names}.")
+            names = " or ".join(kind.__name__ for kind in models)
+            raise ModelError(
+                f"{type(model).__name__} of transformers gives neither logits nor features. Expected {names}."
+            )
         return int(cast(Any, model).config.num_labels)
 
     def grid(model: Any) -> tuple[int, int]:
@@ -122,11 +160,11 @@ def hf_traits(*classifiers: type[nn.Module], prefix: int, data: dict[str, Any] =
 
     def create(name: str, **options: Any) -> nn.Module:
         kind: Any
-        (kind,) = [kind for kind in classifiers if kind.__name__ == name.partition(":")[2]]
+        (kind,) = [kind for kind in models if kind.__name__ == name.partition(":")[2]]
         return kind(kind.config_class(**options))
 
     return dict(
-        models=classifiers,
+        models=models,
         create=create,
         classes=classes,
         classifier=classifier,
@@ -135,7 +173,7 @@ def hf_traits(*classifiers: type[nn.Module], prefix: int, data: dict[str, Any] =
         embedding="*embeddings.patch_embeddings.*",
         grid=grid,
         input_size=lambda model: _sides(model.config.image_size),
-        logits=_logits,
+        logits=_answer,
         prefix=lambda model: prefix,
-        token_place=lambda model: f"{model.base_model_prefix}.embeddings.dropout",
+        token_place=lambda model: f"{trunk_name(model)}embeddings.dropout",
     )

@@ -1,4 +1,6 @@
-"""Hugging Face transformers' DeiT (``DeiTForImageClassification``, ``DeiTForImageClassificationWithTeacher``)."""
+"""Hugging Face transformers' DeiT (``DeiTForImageClassification``, ``DeiTForImageClassificationWithTeacher``,
+``DeiTModel``).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,7 @@ from transformers.models.deit.modeling_deit import DeiTForImageClassification
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacher
 from transformers.models.deit.modeling_deit import DeiTLayer
 from transformers.models.deit.modeling_deit import DeiTMLP
+from transformers.models.deit.modeling_deit import DeiTModel
 
 from maskaq_brevitas.models.family import Family
 from maskaq_brevitas.models.hf_common import SMALL
@@ -20,7 +23,7 @@ from maskaq_brevitas.models.hf_common import timm_mlp
 
 __all__ = ["FAMILY"]
 
-def _head(model: Any) -> Callable[[Tensor], Tensor]:
+def _head(model: Any) -> Callable[[Tensor], Tensor] | None:
     """The class token; with two classifiers the mean of what they read, as timm's distilled DeiT has it."""
     if not hasattr(model, "distillation_classifier"):
         return class_features(model)
@@ -32,11 +35,14 @@ FAMILY = Family(
     examples={
         "transformers:DeiTForImageClassification": SMALL,
         "transformers:DeiTForImageClassificationWithTeacher": SMALL,
+        "transformers:DeiTModel": SMALL,
     },
     attention={DeiTAttention: ExplicitHFAttention},
     blocks=(DeiTLayer,),
     places=hf_places("layernorm_before", "layernorm_after"),
     rewrites={DeiTMLP: timm_mlp},
     head=_head,
-    **hf_traits(DeiTForImageClassification, DeiTForImageClassificationWithTeacher, prefix=2),
+    **hf_traits(
+        DeiTForImageClassification, DeiTForImageClassificationWithTeacher, without_classes=(DeiTModel,), prefix=2
+    ),
 )

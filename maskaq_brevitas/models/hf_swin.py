@@ -1,4 +1,6 @@
-"""Hugging Face transformers' Swin (``SwinForImageClassification``): its encoder written out for one grid of tokens."""
+"""Hugging Face transformers' Swin (``SwinForImageClassification``, ``SwinModel``, ``SwinBackbone``): its encoder is
+written out for one grid of tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,24 @@ from typing import Any
 from torch import Tensor
 from torch import nn
 from transformers.models.swin.modeling_swin import SwinAttention
+from transformers.models.swin.modeling_swin import SwinBackbone
 from transformers.models.swin.modeling_swin import SwinEncoder
 from transformers.models.swin.modeling_swin import SwinEncoderOutput
 from transformers.models.swin.modeling_swin import SwinForImageClassification
 from transformers.models.swin.modeling_swin import SwinLayer
+from transformers.models.swin.modeling_swin import SwinModel
 
+from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.family import ChannelPlace
 from maskaq_brevitas.models.family import Family
 from maskaq_brevitas.models.family import has_affine
 from maskaq_brevitas.models.family import mlp_places
 from maskaq_brevitas.models.hf_common import ExplicitHFAttention
+from maskaq_brevitas.models.hf_common import gives_maps
 from maskaq_brevitas.models.hf_common import hf_places
 from maskaq_brevitas.models.hf_common import hf_traits
 from maskaq_brevitas.models.hf_common import timm_mlp
+from maskaq_brevitas.models.hf_common import trunk_name
 from maskaq_brevitas.models.layout import AttentionLayout
 from maskaq_brevitas.models.swin import WINDOWS_NEED_ALL
 from maskaq_brevitas.models.swin import merged_patches
@@ -62,10 +69,10 @@ class ExplicitHFWindowAttention(ExplicitHFAttention):
 class PlainSwinLayer(nn.Module):
     """A block, ``(batch, tokens, channels)`` to the same, for tokens of one ``grid``, ``(rows, columns)``."""
 
-    def __init__(self, source: Any, grid: tuple[int, int]):
+    def __init__(self, source: Any, grid: tuple[int, int], whole_windows: bool):
         super().__init__()
         self.grid = grid
-        self.window, self.shift = _window(source, grid)
+        self.window, self.shift = _window(source, grid, whole_windows)
         self.layernorm_before = source.layernorm_before
         self.attention = ExplicitHFWindowAttention(source.attention)
         self.layernorm_after = source.layernorm_after
@@ -99,37 +106,79 @@ class PlainPatchMerging(nn.Module):
 class PlainSwinStage(nn.Module):
     """Blocks, and the patch merging behind them."""
 
-    def __init__(self, source: Any, grid: tuple[int, int]):
+    def __init__(self, source: Any, grid: tuple[int, int], whole_windows: bool):
         super().__init__()
-        self.blocks = nn.ModuleList([PlainSwinLayer(block, grid) for block in source.blocks])
+        self.grid = grid
+        self.blocks = nn.ModuleList([PlainSwinLayer(block, grid, whole_windows) for block in source.blocks])
         self.downsample = None if source.downsample is None else PlainPatchMerging(source.downsample, grid)
         self.training = source.training
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens behind the blocks, ``(batch, tokens, channels)``, and behind the patch merging."""
         for block in self.blocks:
             x = block(x)
-        return x if self.downsample is None else self.downsample(x)
+        return x, x if self.downsample is None else self.downsample(x)
 
 
 class PlainSwinEncoder(nn.Module):
-    """transformers' ``SwinEncoder`` for the image size of its configuration, blocks taking and giving tokens alone."""
+    """transformers' ``SwinEncoder`` for the image size of its configuration, blocks taking and giving tokens alone.
+
+    It computes as a ``SwinBackbone`` wants it, with windows of full size on small grids, if the encoder that it is made
+    from has been told so (``whole_windows``); else as the other models do.
+    """
 
     def __init__(self, source: Any):
         super().__init__()
+        self.whole_windows = bool(getattr(source, "whole_windows", False))
         stages = zip(source.layers, _grids(source), strict=True)
-        self.layers = nn.ModuleList([PlainSwinStage(stage, grid) for stage, grid in stages])
+        self.layers = nn.ModuleList([PlainSwinStage(stage, grid, self.whole_windows) for stage, grid in stages])
         self.training = source.training
 
-    def forward(self, hidden_states: Tensor, *_ignored: Any, **_also: Any) -> SwinEncoderOutput:
-        for stage in self.layers:
-            hidden_states = stage(hidden_states)
-        return SwinEncoderOutput(last_hidden_state=hidden_states)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        always_partition: bool = False,
+        output_hidden_states: bool = False,
+        output_hidden_states_before_downsampling: bool = False,
+        **_ignored: Any,
+    ) -> SwinEncoderOutput:
+        if always_partition != self.whole_windows:
+            raise ModelError(
+                "This Swin encoder was quantized apart from what it is part of, which cuts windows in another way. "
+                "Quantize the whole SwinBackbone (backbone='backbone', not 'backbone.swin')."
+            )
+        stages: Any = self.layers
+        maps = [_as_map(hidden_states, stages[0].grid)]
+        for stage in stages:
+            inner, hidden_states = stage(hidden_states)
+            if output_hidden_states_before_downsampling or stage.downsample is None:
+                maps.append(_as_map(inner, stage.grid))
+            else:
+                maps.append(_as_map(hidden_states, _halved(stage.grid)))
+        return SwinEncoderOutput(
+            last_hidden_state=hidden_states, reshaped_hidden_states=tuple(maps) if output_hidden_states else None
+        )
 
 
-def _window(block: Any, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sides of a block's windows, and their shift: none where a window is as large as the grid."""
+def _as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``(batch, tokens, channels)`` to ``(batch, channels, rows, columns)``."""
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def _halved(grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid behind patch merging."""
+    return -(-grid[0] // 2), -(-grid[1] // 2)
+
+
+def _window(block: Any, grid: tuple[int, int], whole: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sides of a block's windows, and their shift: none where a window is as large as the grid, unless windows are
+    ``whole``.
+    """
     if isinstance(block, PlainSwinLayer):
         return block.window, block.shift
+    if whole:
+        return (block.window_size,) * 2, (block.shift_size,) * 2
     side, shift = min(*grid, block.window_size), 0 if min(grid) <= block.window_size else block.shift_size
     return (side, side), (shift, shift)
 
@@ -137,26 +186,28 @@ def _window(block: Any, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[i
 def _grids(encoder: Any) -> list[tuple[int, int]]:
     """Of each stage; the first block knows that of the image."""
     first = encoder.layers[0].blocks[0]
-    rows, columns = first.grid if isinstance(first, PlainSwinLayer) else first.input_resolution
-    grids = []
-    for _ in encoder.layers:
-        grids.append((rows, columns))
-        rows, columns = -(-rows // 2), -(-columns // 2)
+    grids = [first.grid if isinstance(first, PlainSwinLayer) else first.input_resolution]
+    for _ in encoder.layers[1:]:
+        grids.append(_halved(grids[-1]))
     return grids
+
+
+def _tell_encoder(model: Any) -> None:
+    model.base_model.encoder.whole_windows = isinstance(model, SwinBackbone)
 
 
 def _layouts(model: Any) -> tuple[AttentionLayout, ...]:
     encoder, layouts = model.base_model.encoder, []
     for grid, stage in zip(_grids(encoder), encoder.layers, strict=True):
         for block in stage.blocks:
-            window, shift = _window(block, grid)
+            window, shift = _window(block, grid, isinstance(model, SwinBackbone))
             layouts.append(AttentionLayout(grid=grid, window=window, shift=shift))
     return tuple(layouts)
 
 
 def _passages(model: Any) -> dict[str, str]:
     """The first block of each stage but the first, and the patch merging in front of it."""
-    name = f"{model.base_model_prefix}.encoder.layers"
+    name = f"{trunk_name(model)}encoder.layers"
     return {
         f"{name}.{index}.blocks.0": f"{name}.{index - 1}.downsample"
         for index in range(1, len(model.base_model.encoder.layers))
@@ -173,25 +224,30 @@ def _places(name: str, module: Any) -> list[ChannelPlace]:
     return both(name, module) if fits else mlp_places(name, module, "layernorm_after")
 
 
-def _head(model: Any) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: model.base_model.layernorm(tokens).mean(dim=1)
+def _head(model: Any) -> Callable[[Tensor], Tensor] | None:
+    return None if gives_maps(model) else lambda tokens: model.base_model.layernorm(tokens).mean(dim=1)
 
+
+_SMALL = dict(
+    image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2), num_labels=10
+)  # fmt: skip
 
 FAMILY = Family(
     name="transformers Swin",
     examples={
-        "transformers:SwinForImageClassification": dict(
-            image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2), num_labels=10
-        )
-    },  # fmt: skip
+        "transformers:SwinForImageClassification": _SMALL,
+        "transformers:SwinModel": _SMALL,
+        "transformers:SwinBackbone": dict(_SMALL, out_indices=[1, 2]),
+    },
     attention={SwinAttention: ExplicitHFWindowAttention},
     blocks=(SwinLayer, PlainSwinLayer),
     places=_places,
     other_places=(PlainPatchMerging,),
     rewrites={SwinEncoder: PlainSwinEncoder},
+    prepare=_tell_encoder,
     layouts=_layouts,
     passages=_passages,
     head=_head,
     whole_grid=WINDOWS_NEED_ALL,
-    **hf_traits(SwinForImageClassification, prefix=0),
+    **hf_traits(SwinForImageClassification, without_classes=(SwinModel, SwinBackbone), prefix=0),
 )

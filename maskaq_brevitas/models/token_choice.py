@@ -13,6 +13,7 @@ from torch import nn
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.models.families import family_of
 from maskaq_brevitas.models.families import token_place
+from maskaq_brevitas.models.families import why_whole_grid
 
 __all__ = [
     "TokenChoice",
@@ -79,9 +80,9 @@ def check_token_choice(model: nn.Module) -> None:
 
 def why_all_tokens(model: nn.Module) -> str:
     """Why no tokens of a model can be left out; empty if they can."""
-    family = family_of(model)
-    if family is not None and family.whole_grid:
-        return family.whole_grid
+    reason = why_whole_grid(model)
+    if reason:
+        return reason
     place = token_place(model)
     found = dict(model.named_modules()).get(place)
     idle = isinstance(found, nn.Identity) or (isinstance(found, nn.Dropout) and found.p == 0)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from maskaq_brevitas import cli
+
 BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "accuracy.py"
 BUDGET = (
     "--images 2 --held-back 2 --steps 2 --epochs 2 --refresh-every 1 --refresh-steps 1 --eval-limit 20 --seeds 0 "
@@ -31,6 +33,18 @@ def test_the_table_goes_on_where_it_was(tmp_path):
     assert len(cells["maskaq+refresh|w4a4|0"]["alignment"]) == 1
     assert "| MaskAQ + distillation with refresh |" in text
     assert "--rows float noise class-pixel real maskaq+refresh" in text
+
+
+@pytest.mark.heavy
+def test_a_finished_run_is_evaluated_on_the_same_images(tmp_path):
+    budget = "--images 2 --held-back 2 --batch-size 2 --steps 2 --seed 3 --no-export --no-baselines --quiet".split()
+    finished = tmp_path / "run"
+    assert cli.main(["quantize", "digits_vit", "--scheme", "w8a8", *budget, "--out", str(finished)]) == 0
+    cells, text = run(tmp_path / "table", "--rows", "float", "--runs", str(finished))
+    cell = cells[f"{finished}|w8a8|3"]
+    assert cell["top1"] >= 90 and cell["seconds"] > 0
+    row = next(line for line in text.splitlines() if f"Finished run {finished}" in line)
+    assert f"{cell['top1']:.1f}" in row and "w8a8" in text
 
 
 @pytest.mark.heavy

@@ -1,6 +1,5 @@
 """The comparison of runs on photographs without labels."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ from maskaq_brevitas import cli
 from maskaq_brevitas.errors import InputError
 
 BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "crops.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("crops_bench", BENCH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_divergence_is_that_of_distributions(bench):

@@ -1,6 +1,5 @@
 """The bench of exports on a finished run of the shipped model: float64 leaves no difference."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,14 +8,6 @@ import pytest
 from maskaq_brevitas import cli
 
 BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "exports.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("exports_bench", BENCH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.heavy

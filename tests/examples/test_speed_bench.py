@@ -1,6 +1,5 @@
 """The speed bench on timm's smallest ViT: every row is there, and ratios are those of the seconds beside them."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,24 +9,16 @@ import torch
 BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "speed.py"
 
 
-@pytest.fixture(scope="module")
-def speed():
-    spec = importlib.util.spec_from_file_location("speed_bench", BENCH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 OPTIONS = "--models test_vit --batch 2 --steps 2 --repetitions 1 --threads 1".split()
 
 
-def test_all_rows_are_measured_and_stored(speed, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(speed, "_peak_elsewhere", lambda variant, batch, name, changes, device: 100.0 * batch)
+def test_all_rows_are_measured_and_stored(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "_peak_elsewhere", lambda variant, batch, name, changes, device: 100.0 * batch)
     out = tmp_path / "new" / "speed.json"
-    speed.main([*OPTIONS, "--out", str(out)])
+    bench.main([*OPTIONS, "--out", str(out)])
     report = json.loads(out.read_text())
     rows = report["levers"]["test_vit"]
-    assert list(rows) == ["floor: two bare networks", *speed.LEVERS]
+    assert list(rows) == ["floor: two bare networks", *bench.LEVERS]
     floor = rows["floor: two bare networks"]
     assert floor["ratio"] == 1
     for row in rows.values():
@@ -45,12 +36,12 @@ def test_all_rows_are_measured_and_stored(speed, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.heavy
-def test_memory_is_measured_in_another_process(speed):
-    small, large = (speed._peak_elsewhere("dense step", batch, "test_vit", {}, "cpu") for batch in (1, 16))
+def test_memory_is_measured_in_another_process(bench):
+    small, large = (bench._peak_elsewhere("dense step", batch, "test_vit", {}, "cpu") for batch in (1, 16))
     assert 0 < small < large
 
 
-def test_runs_take_turns_and_ratios_are_medians_within_a_repetition(speed, monkeypatch):
+def test_runs_take_turns_and_ratios_are_medians_within_a_repetition(bench, monkeypatch):
     order = []
     seconds = {"bare": iter([1.0, 2.0, 4.0]), "ours": iter([2.0, 6.0, 8.0])}
 
@@ -59,21 +50,21 @@ def test_runs_take_turns_and_ratios_are_medians_within_a_repetition(speed, monke
         order.append(name)
         return next(seconds[name])
 
-    monkeypatch.setattr(speed, "timed", timed)
-    table = speed.compare({name: lambda steps, name=name: name for name in seconds}, 3, 1, "cpu", 8)
+    monkeypatch.setattr(bench, "timed", timed)
+    table = bench.compare({name: lambda steps, name=name: name for name in seconds}, 3, 1, "cpu", 8)
     assert order == ["bare", "ours"] * 3
     assert table["ours"]["ratios"] == [2.0, 3.0, 2.0] and table["ours"]["ratio"] == 2.0
     assert table["ours"]["seconds_per_step"] == 6.0 and table["ours"]["images_per_second"] == pytest.approx(8 / 6)
 
 
-def test_peak_memory_sees_what_a_run_takes(speed):
-    if speed._in_use("cpu") is None:
+def test_peak_memory_sees_what_a_run_takes(bench):
+    if bench._in_use("cpu") is None:
         pytest.skip("no /proc")
     torch.ones(600_000_000)  # a larger peak, before it
-    peak = speed.peak_memory(lambda steps: torch.ones(256_000_000).sum(), "cpu")
+    peak = bench.peak_memory(lambda steps: torch.ones(256_000_000).sum(), "cpu")
     assert 900 < peak < 1300  # 1,024 MB
 
 
-def test_a_failing_measurement_of_memory_is_not_silent(speed):
+def test_a_failing_measurement_of_memory_is_not_silent(bench):
     with pytest.raises(RuntimeError, match="memory of 'no such variant' failed"):
-        speed._peak_elsewhere("no such variant", 1, "test_vit", {}, "cpu")
+        bench._peak_elsewhere("no such variant", 1, "test_vit", {}, "cpu")

@@ -1,9 +1,12 @@
-"""Small models for other tasks than classification, on backbones of timm, with all parameters drawn at random."""
+"""Small models for other tasks than classification, on backbones of timm or transformers, with all parameters drawn at
+random.
+"""
 
 from collections import OrderedDict
 
 import timm
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN
@@ -85,6 +88,49 @@ def detector(kind: str) -> nn.Module:
     pool = MultiScaleRoIAlign(["0", "1"], 4, 2)
     return drawn(
         lambda: FasterRCNN(Pyramid(), rpn_anchor_generator=anchors, box_roi_pool=pool, box_score_thresh=0.0, **sides)
+    )
+
+
+def transformers_model(kind: str, *, depths: tuple[int, ...] = (2, 2, 1, 1), image_size: int = 32) -> nn.Module:
+    """``"upernet_swin"`` (segmentation), ``"mask2former_swin"`` (instances) or ``"depth_anything"`` (on DINOv2) of
+    transformers, square images of 32 pixels.
+
+    Args:
+        depths, image_size: of Swin, whose windows are 3 x 3 patches of 4 x 4.
+    """
+    swin = transformers.SwinConfig(
+        image_size=image_size, patch_size=4, window_size=3, embed_dim=16, depths=depths, num_heads=[2] * len(depths),
+        out_indices=list(range(1, len(depths) + 1)),
+    )  # fmt: skip
+    if kind == "upernet_swin":
+        options = dict(hidden_size=16, pool_scales=[1, 2], num_labels=4, use_auxiliary_head=False)
+        return drawn(
+            lambda: transformers.UperNetForSemanticSegmentation(
+                transformers.UperNetConfig(backbone_config=swin, **options)
+            )
+        )
+    if kind == "mask2former_swin":
+        options = dict(
+            hidden_dim=32, feature_size=32, mask_feature_size=32, num_attention_heads=2, encoder_layers=1,
+            decoder_layers=2, encoder_feedforward_dim=32, dim_feedforward=32, num_queries=5, num_labels=3,
+        )  # fmt: skip
+        return drawn(
+            lambda: transformers.Mask2FormerForUniversalSegmentation(
+                transformers.Mask2FormerConfig(backbone_config=swin, **options)
+            )
+        )
+    dinov2 = transformers.Dinov2Config(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2,
+        out_indices=[1, 2], reshape_hidden_states=False,
+    )  # fmt: skip
+    options = dict(
+        patch_size=8, reassemble_hidden_size=32, reassemble_factors=[2, 1], neck_hidden_sizes=[8, 16],
+        fusion_hidden_size=16, head_hidden_size=8,
+    )  # fmt: skip
+    return drawn(
+        lambda: transformers.DepthAnythingForDepthEstimation(
+            transformers.DepthAnythingConfig(backbone_config=dinov2, **options)
+        )
     )
 
 

@@ -67,6 +67,15 @@ MODELS = {
     "hf_dinov2_swiglu": ("transformers:Dinov2ForImageClassification", dict(HF, use_swiglu_ffn=True)),
     "hf_swin": ("transformers:SwinForImageClassification", dict(HF_SWIN, image_size=32, window_size=4)),
     "hf_swin_padded": ("transformers:SwinForImageClassification", dict(HF_SWIN, image_size=(36, 28), window_size=3)),
+    "hf_vit_features": ("transformers:ViTModel", dict(HF, pooler_act="gelu")),
+    "hf_dinov2_maps": ("transformers:Dinov2Backbone", dict(HF, out_indices=[0, 2])),
+    "hf_dinov2_tokens": (
+        "transformers:Dinov2Backbone", dict(HF, out_indices=[1, 2], reshape_hidden_states=False, apply_layernorm=False)
+    ),
+    "hf_swin_features": ("transformers:SwinModel", dict(HF_SWIN, image_size=32, window_size=4)),
+    "hf_swin_maps": (  # windows of 5 x 5 on grids of 9 x 7 and 5 x 4, shifted on both
+        "transformers:SwinBackbone", dict(HF_SWIN, image_size=(36, 28), window_size=5, out_indices=[0, 1, 2])
+    ),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from larger_models import Segmenter
 from larger_models import TokenReader
 from larger_models import detector
 from larger_models import drawn
+from small_models import build
 from torch import nn
 
 from maskaq_brevitas.errors import ModelError
@@ -126,7 +127,7 @@ class Mobile(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("build", "name", "message"),
+    ("larger", "name", "message"),
     (
         (lambda: Segmenter("vit"), "nothing", r"Segmenter has no module 'nothing'. Backbones in it: encoder\."),
         (lambda: Segmenter("vit"), "", r"has no module ''"),
@@ -137,12 +138,17 @@ class Mobile(nn.Module):
             r"of RetinaNet is Pyramid; expected .* Backbones in it: backbone.body\.",
         ),
         (lambda: Segmenter("vit"), "encoder.model", r"is VisionTransformer; expected .* Backbones in it: encoder\."),
+        (
+            lambda: nn.ModuleDict({"vit": build("hf_deit")}),
+            "vit",
+            r"'vit' is DeiTForImageClassificationWithTeacher, a whole classifier.*made of: vit.deit\.",
+        ),
         (Mobile, "body", r"'body' of Mobile: .*MobileViT: its attention sees every n-th pixel.*Backbones in it: none"),
     ),
 )
-def test_what_is_no_backbone_is_refused(build, name, message):
+def test_what_is_no_backbone_is_refused(larger, name, message):
     with pytest.raises(ModelError, match=message):
-        HostedBackbone(drawn(build), name)
+        HostedBackbone(drawn(larger), name)
 
 
 def test_a_quant_model_of_another_shape_is_refused():

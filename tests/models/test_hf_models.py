@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face transformers: their output object, their configuration, whole runs."""
+"""Models of Hugging Face transformers: their output object, their configuration, whole runs."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ import torch
 from small_models import build
 from torch import Tensor
 from transformers import ViTConfig
-from transformers import ViTModel
+from transformers import ViTForMaskedImageModeling
 
 from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas.config import DistillConfig
@@ -23,6 +23,7 @@ from maskaq_brevitas.evaluation import evaluate
 from maskaq_brevitas.models import families
 from maskaq_brevitas.models.families import FAMILIES
 from maskaq_brevitas.models.geometry import read_geometry
+from maskaq_brevitas.models.token_choice import why_all_tokens
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.swap import plan_bits
 from maskaq_brevitas.quant.swap import swap_layers
@@ -101,12 +102,31 @@ def test_widths_of_embedding_and_both_classifiers():
     assert bits["deit.layers.0.attention.q_proj"] == bits["deit.layers.1.mlp.fc2"] == LayerBits(4, 4)
 
 
-def test_models_without_logits_are_refused():
-    model = ViTModel(ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+def test_models_without_logits_or_features_are_refused():
+    config = ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(
-        ModelError, match="ViTModel of transformers gives no logits. Expected ViTForImageClassification"
+        ModelError,
+        match="ViTForMaskedImageModeling of transformers gives neither logits nor features. "
+        "Expected ViTForImageClassification or ViTModel",
     ):
-        DataFreeCalibrator(model)
+        DataFreeCalibrator(ViTForMaskedImageModeling(config))
+
+
+def test_a_model_without_classifier_gives_what_it_pools():
+    model = build("hf_vit_features")
+    calibrator = make("hf_vit_features", tuning=DistillConfig(epochs=1, refresh_every=None, distance_weight=0.0))
+    quant_model = calibrator.quantize()
+    assert calibrator.geometry.num_classes == 0 and calibrator.geometry.prefix_tokens == 1
+    with torch.no_grad():
+        found, wanted = quant_model(images(model)), model(images(model)).pooler_output
+    assert found.shape == wanted.shape == (4, 32)
+    assert not torch.equal(found, wanted) and float(torch.cosine_similarity(found, wanted).mean()) > 0.5
+
+
+def test_tokens_can_be_left_out_unless_they_are_laid_out_as_maps():
+    assert why_all_tokens(build("hf_dinov2_tokens")) == why_all_tokens(build("hf_vit_features")) == ""
+    assert "maps of the whole grid" in why_all_tokens(build("hf_dinov2_maps"))
+    assert "window" in why_all_tokens(build("hf_swin_maps"))
 
 
 def test_an_older_transformers_is_told(monkeypatch):
