@@ -71,8 +71,10 @@ class PlainSwinLayer(nn.Module):
 
     def __init__(self, source: Any, grid: tuple[int, int], whole_windows: bool):
         super().__init__()
-        self.grid = grid
-        self.window, self.shift = _window(source, grid, whole_windows)
+        self.sizes = source.window_size, source.shift_size
+        self.whole_windows = whole_windows
+        self.lay_out(grid)
+        self.fits = _fill(self.grid, self.window)
         self.layernorm_before = source.layernorm_before
         self.attention = ExplicitHFWindowAttention(source.attention)
         self.layernorm_after = source.layernorm_after
@@ -80,6 +82,23 @@ class PlainSwinLayer(nn.Module):
         self.dropout = source.dropout
         self.drop_path = source.drop_path
         self.training = source.training
+
+    def lay_out(self, grid: tuple[int, int]) -> None:
+        """Take tokens of this grid from now on."""
+        self.grid = grid
+        self.window, self.shift = _window(self.sizes, grid, self.whole_windows)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuse a grid whose windows are filled up with zeros, if channels were shifted on one that fills them:
+        zeros behind the LayerNorm would stand for another value.
+        """
+        window, _ = _window(self.sizes, grid, self.whole_windows)
+        if self.fits and not _fill(grid, window):
+            raise ModelError(
+                f"A grid of {grid[0]} x {grid[1]} patches does not fill windows of {window[0]} x {window[1]}, and that "
+                "of the image_size for which the model was quantized does. Use images that do, or set image_size in "
+                "its configuration before it is quantized."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         windows = cut_windows(self.layernorm_before(x).unflatten(1, self.grid), self.window, self.shift)
@@ -149,6 +168,8 @@ class PlainSwinEncoder(nn.Module):
                 "Quantize the whole SwinBackbone (backbone='backbone', not 'backbone.swin')."
             )
         stages: Any = self.layers
+        if tuple(input_dimensions) != stages[0].grid:
+            self._lay_out((int(input_dimensions[0]), int(input_dimensions[1])))
         maps = [_as_map(hidden_states, stages[0].grid)]
         for stage in stages:
             inner, hidden_states = stage(hidden_states)
@@ -161,6 +182,27 @@ class PlainSwinEncoder(nn.Module):
         )
 
 
+    def _lay_out(self, grid: tuple[int, int]) -> None:
+        """Take images of another size."""
+        layers: Any = self.layers
+        grids = [grid]
+        for stage in layers:
+            for block in stage.blocks:
+                block.check_grid(grids[-1])
+            grids.append(_halved(grids[-1]))
+        for stage, own in zip(layers, grids, strict=False):
+            stage.grid = own
+            for block in stage.blocks:
+                block.lay_out(own)
+            if stage.downsample is not None:
+                stage.downsample.grid = own
+
+
+def _fill(grid: tuple[int, int], window: tuple[int, int]) -> bool:
+    """Whether windows of that size fill a grid."""
+    return all(side % part == 0 for side, part in zip(grid, window, strict=True))
+
+
 def _as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """``(batch, tokens, channels)`` to ``(batch, channels, rows, columns)``."""
     return x.unflatten(1, grid).permute(0, 3, 1, 2)
@@ -171,15 +213,15 @@ def _halved(grid: tuple[int, int]) -> tuple[int, int]:
     return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
-def _window(block: Any, grid: tuple[int, int], whole: bool) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sides of a block's windows, and their shift: none where a window is as large as the grid, unless windows are
-    ``whole``.
+def _window(
+    sizes: tuple[int, int], grid: tuple[int, int], whole: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sides of windows, and their shift, from the ``sizes`` of both: a window that is as large as the grid is not
+    shifted, nor larger than that, unless windows are ``whole``.
     """
-    if isinstance(block, PlainSwinLayer):
-        return block.window, block.shift
-    if whole:
-        return (block.window_size,) * 2, (block.shift_size,) * 2
-    side, shift = min(*grid, block.window_size), 0 if min(grid) <= block.window_size else block.shift_size
+    side, shift = sizes
+    if min(grid) <= side and not whole:
+        side, shift = min(grid), 0
     return (side, side), (shift, shift)
 
 
@@ -200,7 +242,9 @@ def _layouts(model: Any) -> tuple[AttentionLayout, ...]:
     encoder, layouts = model.base_model.encoder, []
     for grid, stage in zip(_grids(encoder), encoder.layers, strict=True):
         for block in stage.blocks:
-            window, shift = _window(block, grid, isinstance(model, SwinBackbone))
+            plain = isinstance(block, PlainSwinLayer)
+            sizes = block.sizes if plain else (block.window_size, block.shift_size)
+            window, shift = _window(sizes, grid, isinstance(model, SwinBackbone))
             layouts.append(AttentionLayout(grid=grid, window=window, shift=shift))
     return tuple(layouts)
 
@@ -218,8 +262,7 @@ def _places(name: str, module: Any) -> list[ChannelPlace]:
     if isinstance(module, PlainPatchMerging):
         return [ChannelPlace(f"{name}.norm", None, (f"{name}.reduction",))] if has_affine(module.norm) else []
     # Windows that do not fit are filled up with zeros behind the LayerNorm, and a shifted channel's zero is another.
-    known = isinstance(module, PlainSwinLayer)
-    fits = known and all(side % part == 0 for side, part in zip(module.grid, module.window, strict=True))
+    fits = isinstance(module, PlainSwinLayer) and module.fits
     both = hf_places("layernorm_before", "layernorm_after")
     return both(name, module) if fits else mlp_places(name, module, "layernorm_after")
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from brevitas.graph.calibrate import quantization_status_manager
 from small_models import build
 from torch import Tensor
 from transformers import ViTConfig
@@ -22,6 +23,7 @@ from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.evaluation import evaluate
 from maskaq_brevitas.models import families
 from maskaq_brevitas.models.families import FAMILIES
+from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.token_choice import why_all_tokens
 from maskaq_brevitas.quant.snapshot import float_snapshot
@@ -127,6 +129,21 @@ def test_tokens_can_be_left_out_unless_they_are_laid_out_as_maps():
     assert why_all_tokens(build("hf_dinov2_tokens")) == why_all_tokens(build("hf_vit_features")) == ""
     assert "maps of the whole grid" in why_all_tokens(build("hf_dinov2_maps"))
     assert "window" in why_all_tokens(build("hf_swin_maps"))
+
+
+def test_a_swin_transformer_takes_images_of_other_sizes():
+    model = build("hf_swin_maps")  # its windows never fill a grid, so no channel is shifted
+    twin, _ = swap_layers(model, "w8a8")
+    off = quantization_status_manager(twin, disable_act_quant=True, disable_weight_quant=True, is_training=False)
+    for size in ((44, 60), (36, 28)):
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+        with off, torch.no_grad():
+            torch.testing.assert_close(twin(x), read_logits(model, model(x)), rtol=1e-5, atol=1e-5)
+    filled, _ = swap_layers(build("hf_swin"), "w8a8")
+    with torch.no_grad():
+        for _ in range(2):  # not only the first time
+            with pytest.raises(ModelError, match="A grid of 9 x 8 patches does not fill windows of 4 x 4.*image_size"):
+                filled(torch.zeros(1, 3, 36, 32))
 
 
 def test_an_older_transformers_is_told(monkeypatch):
