@@ -129,6 +129,15 @@ def test_agreement_is_the_share_of_equal_top1(calibrator, report, digits_vit):
             assert report.agreement[name] == (ours == theirs).double().mean()
 
 
+def test_of_a_large_pool_a_part_is_compared(calibrator, digits_vit, monkeypatch):
+    monkeypatch.setattr("maskaq_brevitas.report.report.AGREEMENT_IMAGES", 3)
+    with torch.no_grad():
+        found, wanted = (model(calibrator.pool.images()[:3]) for model in (calibrator.quant_model, digits_vit))
+    agreement = make_report(calibrator).agreement["synthetic"]
+    assert agreement == pytest.approx(float((found.argmax(1) == wanted.argmax(1)).double().mean()))
+    assert agreement * 3 == pytest.approx(round(agreement * 3))
+
+
 def test_the_model_is_left_as_it_was(calibrator):
     model = calibrator.quant_model
     model.blocks[0].train()

@@ -31,6 +31,7 @@ from maskaq_brevitas.options import to_yaml
 from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.report import AccuracyRow
 from maskaq_brevitas.report import Report
+from maskaq_brevitas.report.report import AGREEMENT_IMAGES
 from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.run_directory import RunDirectory
 from maskaq_brevitas.synthesis.augment import pixel_noise
@@ -188,7 +189,7 @@ def _print_result(
         [row.name, f"{row.top1:.2f} %", f"{row.images} labelled images"] for row in report.accuracy
     ]
     rows += [
-        [f"agrees with float on {name} images", f"{100 * share:.2f} %", f"{len(pool)} images"]
+        [f"agrees with float on {name} images", f"{100 * share:.2f} %", f"{min(len(pool), AGREEMENT_IMAGES)} images"]
         for (name, share), pool in zip(report.agreement.items(), (calibrator.pool, calibrator.held_back), strict=False)
         if pool is not None
     ]

@@ -38,7 +38,10 @@ from maskaq_brevitas.synthesis.pool import SyntheticImages
 if TYPE_CHECKING:
     from maskaq_brevitas.calibrator import DataFreeCalibrator
 
-__all__ = ["AccuracyRow", "Report", "make_report", "text_table"]
+__all__ = ["AGREEMENT_IMAGES", "AccuracyRow", "Report", "make_report", "text_table"]
+
+#: Images of a pool, at most, on which a report compares both models: thousands would take minutes.
+AGREEMENT_IMAGES = 256
 
 _FLOAT_BY_DESIGN = (
     "LayerNorm, softmax, activation functions, residual additions, biases, position embedding, class token"
@@ -74,8 +77,9 @@ class Report:
         title: model and scheme.
         places: every quantized layer and operand, in the model's order.
         cost: totals.
-        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held back"``); of a
-            model without classes the mean cosine similarity of its features to the float model's.
+        agreement: share of images with the float model's top-1, 0-1, per pool (``"synthetic"``, ``"held-back
+            synthetic"``); of a model without classes the mean cosine similarity of its features to the float model's.
+            Of a large pool the first :data:`AGREEMENT_IMAGES` count.
         accuracy: rows on labelled data, if there was any.
         details: everything else as plain values: skipped layers, notes, equalised places, range factors, redrawn
             images, refreshes, export and its check, configuration, stages.
@@ -220,7 +224,7 @@ def make_report(
         except ModelError:  # a quant model of the user's with quantizers that cannot be frozen
             quantized = quant_model
         agreement = {
-            name: _agreement(floating, quantized, _batches(calibrator, images))
+            name: _agreement(floating, quantized, _first(calibrator, images))
             for name, images in pools.items()
             if images is not None
         }
@@ -273,6 +277,12 @@ def _card_lines(card: dict[str, Any], table: _Table) -> Iterator[str]:
 
 def _batches(calibrator: DataFreeCalibrator, pool: SyntheticImages) -> Iterator[Tensor]:
     return device_batches(pool, calibrator.batch_size or 16, calibrator.device)
+
+
+def _first(calibrator: DataFreeCalibrator, pool: SyntheticImages) -> Iterator[Tensor]:
+    """Batches of the images that tell how well both models agree."""
+    images = pool.images(pool.pixels[:AGREEMENT_IMAGES])
+    return (batch.to(calibrator.device) for batch in images.split(calibrator.batch_size or 16))
 
 
 def _agreement(floating: nn.Module, quantized: nn.Module, batches: Iterable[Tensor]) -> float:
