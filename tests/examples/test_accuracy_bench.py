@@ -37,7 +37,7 @@ def test_the_table_goes_on_where_it_was(tmp_path):
 
 @pytest.mark.heavy
 def test_a_finished_run_is_evaluated_on_the_same_images(tmp_path):
-    budget = "--images 2 --held-back 2 --batch-size 2 --steps 2 --seed 3 --no-export --no-baselines --quiet".split()
+    budget = "--images 4 --batch-size 4 --steps 2 --seed 3 --no-export --no-baselines --quiet".split()
     finished = tmp_path / "run"
     assert cli.main(["quantize", "digits_vit", "--scheme", "w8a8", *budget, "--out", str(finished)]) == 0
     cells, text = run(tmp_path / "table", "--rows", "float", "--runs", str(finished))
