@@ -40,7 +40,7 @@ class _GivesFeatures(nn.Module):
 
     Attributes:
         own: the backbone's own class.
-        gives_features: tells apart from that class.
+        gives_features: tells others that the output is a tensor already.
         intermediates: arguments of timm's ``forward_intermediates``, where a wrapper of timm's asks for that.
         weights: factor of each feature map, in the order in which the backbone gives them.
     """

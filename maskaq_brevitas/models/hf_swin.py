@@ -185,12 +185,11 @@ class PlainSwinEncoder(nn.Module):
     def _lay_out(self, grid: tuple[int, int]) -> None:
         """Take images of another size."""
         layers: Any = self.layers
-        grids = [grid]
-        for stage in layers:
+        laid_out = list(zip(layers, _halvings(grid, len(layers)), strict=True))
+        for stage, own in laid_out:  # before any is changed
             for block in stage.blocks:
-                block.check_grid(grids[-1])
-            grids.append(_halved(grids[-1]))
-        for stage, own in zip(layers, grids, strict=False):
+                block.check_grid(own)
+        for stage, own in laid_out:
             stage.grid = own
             for block in stage.blocks:
                 block.lay_out(own)
@@ -213,6 +212,14 @@ def _halved(grid: tuple[int, int]) -> tuple[int, int]:
     return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
+def _halvings(grid: tuple[int, int], stages: int) -> list[tuple[int, int]]:
+    """The grid of each stage."""
+    grids = [grid]
+    for _ in range(stages - 1):
+        grids.append(_halved(grids[-1]))
+    return grids
+
+
 def _window(
     sizes: tuple[int, int], grid: tuple[int, int], whole: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -228,10 +235,8 @@ def _window(
 def _grids(encoder: Any) -> list[tuple[int, int]]:
     """Of each stage; the first block knows that of the image."""
     first = encoder.layers[0].blocks[0]
-    grids = [first.grid if isinstance(first, PlainSwinLayer) else first.input_resolution]
-    for _ in encoder.layers[1:]:
-        grids.append(_halved(grids[-1]))
-    return grids
+    grid = first.grid if isinstance(first, PlainSwinLayer) else first.input_resolution
+    return _halvings(grid, len(encoder.layers))
 
 
 def _tell_encoder(model: Any) -> None:
@@ -242,9 +247,10 @@ def _layouts(model: Any) -> tuple[AttentionLayout, ...]:
     encoder, layouts = model.base_model.encoder, []
     for grid, stage in zip(_grids(encoder), encoder.layers, strict=True):
         for block in stage.blocks:
-            plain = isinstance(block, PlainSwinLayer)
-            sizes = block.sizes if plain else (block.window_size, block.shift_size)
-            window, shift = _window(sizes, grid, isinstance(model, SwinBackbone))
+            if isinstance(block, PlainSwinLayer):
+                window, shift = block.window, block.shift
+            else:
+                window, shift = _window((block.window_size, block.shift_size), grid, isinstance(model, SwinBackbone))
             layouts.append(AttentionLayout(grid=grid, window=window, shift=shift))
     return tuple(layouts)
 
