@@ -189,11 +189,12 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         work = fitting_effort(named, float_model, *([] if quant_model is None else [quant_model]))
         if num_images is None:
             num_images = work.num_images if taken is None else taken.num_images
-        if synthesis is None:
-            synthesis = work.synthesis if taken is None else taken.synthesis
+        if synthesis is not None or taken is None:
+            synthesis = with_precision(synthesis or work.synthesis, self.device)
+        else:
+            synthesis = taken.synthesis
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
-        synthesis = with_precision(synthesis, self.device)
         if held_back is None:
             held_back = min(128, max(8, num_images // 8)) if taken is None else taken.held_back
         if taken is not None:

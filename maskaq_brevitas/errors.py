@@ -21,6 +21,7 @@ __all__ = [
     "SilentLayerWarning",
     "UncoupledWarning",
     "SkippedLayerWarning",
+    "SlowArithmeticWarning",
     "SynthesisError",
     "TuningError",
     "WriteError",
@@ -103,6 +104,10 @@ class UncoupledWarning(MaskAQWarning):
 
 class CompilationWarning(MaskAQWarning):
     """``torch.compile`` failed, or the quantizers have no fast form; the run goes on without it, more slowly."""
+
+
+class SlowArithmeticWarning(MaskAQWarning):
+    """An arithmetic was asked for that the hardware only emulates; the run goes on in it, many times slower."""
 
 
 class MemoryWarning(MaskAQWarning):

@@ -10,7 +10,15 @@ from typing import Literal
 import numpy
 import torch
 
-__all__ = ["Precision", "arithmetic", "fitting_precision", "kept_random_states", "own_modes", "seeded"]
+__all__ = [
+    "Precision",
+    "arithmetic",
+    "fitting_precision",
+    "kept_random_states",
+    "multiplies_in_bfloat16",
+    "own_modes",
+    "seeded",
+]
 
 
 #: How networks compute.
@@ -50,14 +58,17 @@ def fitting_precision(precision: Precision, device: torch.device) -> Literal["fl
     """``precision``, with ``"auto"`` as bfloat16 where the hardware multiplies in it, else float32."""
     if precision != "auto":
         return precision
+    return "bfloat16" if multiplies_in_bfloat16(device) else "float32"
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has instructions for it; else each product is emulated."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
-        fast = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:  # an older torch
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if fast else "float32"
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # an older torch
 
 
 @contextmanager

@@ -10,10 +10,12 @@ from maskaq_brevitas.models.zoo import load_model
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Runs the suite on one CPU thread and puts the caller's number back."""
+    """Runs the suite, and what it starts, on one CPU thread and puts the caller's number back."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # two workers with two threads each wait for each other
+        yield
     torch.set_num_threads(before)
 
 

@@ -1,12 +1,16 @@
 """Arithmetic that fits the hardware."""
 
+import warnings
+
 import pytest
 import torch
 
+from maskaq_brevitas import DataFreeCalibrator
 from maskaq_brevitas import modes
 from maskaq_brevitas.config import DistillConfig
 from maskaq_brevitas.config import ReconstructConfig
 from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.errors import SlowArithmeticWarning
 from maskaq_brevitas.tuning.stages import with_precision
 
 CPU = torch.device("cpu")
@@ -33,3 +37,19 @@ def test_older_releases_of_torch_are_asked_in_their_way(monkeypatch, supported):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert modes.fitting_precision("auto", CPU) == ("bfloat16" if supported else "float32")
+
+
+@pytest.mark.parametrize("fast", (True, False))
+def test_bfloat16_by_name_on_hardware_that_emulates_it_is_warned_of(monkeypatch, tiny_vit, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        DataFreeCalibrator(
+            tiny_vit, synthesis=SynthesisConfig(precision="bfloat16"), tuning=DistillConfig(precision="auto"),
+            progress=False,
+        )  # fmt: skip
+    messages = [str(warning.message) for warning in found if warning.category is SlowArithmeticWarning]
+    assert len(messages) == (0 if fast else 1)
+    if messages:
+        assert "synthesis.precision is bfloat16, which this cpu can only emulate" in messages[0]
+        assert "precision='auto'" in messages[0]

@@ -1,11 +1,12 @@
 """The accuracy bench: both tables on the smallest budget, and that a finished cell is not measured again."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from maskaq_brevitas import cli
 
@@ -16,15 +17,21 @@ BUDGET = (
 ).split()
 
 
-def run(out: Path, *more: str) -> tuple[dict, str]:
-    command = [sys.executable, "-W", "ignore", str(BENCH), "--out", str(out), *BUDGET, *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / "accuracy.json").read_text())["cells"], done.stdout
+@pytest.fixture
+def run(bench, capsys) -> Iterator[Callable[..., tuple[dict, str]]]:
+    threads = torch.get_num_threads()
+
+    def main(out: Path, *more: str) -> tuple[dict, str]:
+        capsys.readouterr()
+        bench.main(["--out", str(out), *BUDGET, *more])
+        return json.loads((out / "accuracy.json").read_text())["cells"], capsys.readouterr().out
+
+    yield main
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.heavy
-def test_the_table_goes_on_where_it_was(tmp_path):
+def test_the_table_goes_on_where_it_was(run, tmp_path):
     first, _ = run(tmp_path, "--rows", "float", "noise", "class-pixel")
     cells, text = run(tmp_path, "--rows", "float", "noise", "class-pixel", "real", "maskaq+refresh")
     assert {name: cells[name] for name in first} == first
@@ -36,8 +43,9 @@ def test_the_table_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.heavy
-def test_a_finished_run_is_evaluated_on_the_same_images(tmp_path):
-    budget = "--images 4 --batch-size 4 --steps 2 --seed 3 --no-export --no-baselines --quiet".split()
+def test_a_finished_run_is_evaluated_on_the_same_images(run, tmp_path):
+    budget = "--images 4 --batch-size 4 --steps 2 --seed 3 --eval-limit 4 --no-export --no-baselines --quiet".split()
+    budget += ["--synthesis.align_weight", "0"]  # no provisional calibration
     finished = tmp_path / "run"
     assert cli.main(["quantize", "digits_vit", "--scheme", "w8a8", *budget, "--out", str(finished)]) == 0
     cells, text = run(tmp_path / "table", "--rows", "float", "--runs", str(finished))
@@ -48,7 +56,7 @@ def test_a_finished_run_is_evaluated_on_the_same_images(tmp_path):
 
 
 @pytest.mark.heavy
-def test_the_ablation(tmp_path):
+def test_the_ablation(run, tmp_path):
     cells, text = run(tmp_path, "--ablation", "--rows", "whole", "no-mask")
     assert set(cells) == {"whole|w4a4|0", "no-mask|w4a4|0"}
     assert all({"top1", "calibrated_top1"} <= set(cell) for cell in cells.values())

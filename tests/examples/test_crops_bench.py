@@ -28,6 +28,7 @@ def test_divergence_is_that_of_distributions(bench):
 @pytest.mark.heavy
 def test_fewer_bits_are_further_away(bench, tmp_path, capsys):
     budget = "--images 4 --batch-size 4 --steps 1 --no-export --no-baselines --quiet".split()
+    budget += ["--synthesis.align_weight", "0", "--eval-limit", "4"]  # no provisional calibration
     runs = []
     for scheme in ("w8a8", "w2a2"):
         runs.append(str(tmp_path / scheme))

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskaq_brevitas.modes import multiplies_in_bfloat16
+
 BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "speed.py"
 
 
@@ -18,7 +20,8 @@ def test_all_rows_are_measured_and_stored(bench, monkeypatch, tmp_path, capsys):
     bench.main([*OPTIONS, "--out", str(out)])
     report = json.loads(out.read_text())
     rows = report["levers"]["test_vit"]
-    assert list(rows) == ["floor: two bare networks", *bench.LEVERS]
+    emulated = set() if multiplies_in_bfloat16(torch.device("cpu")) else {"bfloat16"}
+    assert list(rows) == ["floor: two bare networks", *(title for title in bench.LEVERS if title not in emulated)]
     floor = rows["floor: two bare networks"]
     assert floor["ratio"] == 1
     for row in rows.values():
@@ -33,6 +36,15 @@ def test_all_rows_are_measured_and_stored(bench, monkeypatch, tmp_path, capsys):
         "depth 24, batch 1": 100,
     }
     assert "all levers" in capsys.readouterr().out
+
+
+def test_bfloat16_is_left_out_where_it_is_emulated(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "_peak_elsewhere", lambda *work: 1.0)
+    monkeypatch.setattr(bench, "multiplies_in_bfloat16", lambda device: False)
+    bench.main([*OPTIONS, "--no-growth", "--out", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["levers"]["test_vit"]
+    assert set(bench.LEVERS) - set(rows) == {"bfloat16"}
+    assert "Without bfloat16, which cpu would emulate here" in capsys.readouterr().out
 
 
 @pytest.mark.heavy

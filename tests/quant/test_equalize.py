@@ -9,6 +9,9 @@ from brevitas.graph.calibrate import quantization_status_manager
 
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import InputError
+from maskaq_brevitas.models.families import channel_places
+from maskaq_brevitas.quant import equalize as equalize_module
+from maskaq_brevitas.quant.equalize import _equalize_place
 from maskaq_brevitas.quant.equalize import _outlier_channels
 from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.equalize import quantize_symmetric
@@ -88,6 +91,22 @@ def test_an_outlier_channel_is_taken_in(tiny_vit):
     quant_model, _ = swap_layers(tiny_vit, "tensor-w4a4")
     place = next(p for p in equalize(quant_model, [images()]) if p.name == "blocks.0.mlp.norm")
     assert place.error < 0.5 * place.error_before
+
+
+@torch.no_grad()
+def test_a_channel_of_rare_spikes_gets_a_range_of_its_own(tiny_vit, monkeypatch):
+    """Too rare for the ranges of channels, which leave out what one row in a thousand has."""
+    rows = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    rows[:5, 3] = 500.0
+    found = []
+    for is_searched in (True, False):
+        if not is_searched:
+            monkeypatch.setattr(equalize_module, "_outlier_channels", lambda rows: [])
+        quant_model, _ = swap_layers(tiny_vit, "tensor-w4a4")
+        place = next(each for each in channel_places(quant_model) if each.norm == "blocks.0.norm2")
+        found.append(_equalize_place(quant_model, place, rows))
+    assert [place.outliers for place in found] == [(3,), ()]
+    assert found[0].error < 0.5 * found[1].error
 
 
 def test_outlier_channels_are_the_few_far_beyond_the_rest():

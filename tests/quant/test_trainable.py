@@ -1,12 +1,15 @@
 """Training twins compute what Brevitas computes and hand the same gradients to the same parameters, bit for bit."""
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
+from brevitas.core.function_wrapper import TensorClampSte
 from brevitas.nn import QuantIdentity
 from brevitas.quant import Int8ActPerTensorFloat
 
+from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import CompilationWarning
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.quant import trainable
@@ -67,6 +70,34 @@ def test_a_quantizer_without_a_scale_of_its_own_is_refused(tiny_vit):
         act_quant=Int8ActPerTensorFloat.let(scaling_impl_type="const", scaling_init=1.0), return_quant_tensor=False
     ).eval()
     with pytest.raises(ModelError, match="expected a scale that is one learned parameter"):
+        training_twin(quant_model)
+
+
+def test_a_quantizer_that_hands_gradients_on_beyond_its_range(tiny_vit):
+    quant_model, _ = swap_layers(tiny_vit, dataclasses.replace(resolve_scheme("w4a4"), equalize=False))
+    quant_model.blocks[0].attn.query = QuantIdentity(
+        act_quant=Int8ActPerTensorFloat.let(tensor_clamp_impl=TensorClampSte), return_quant_tensor=False
+    ).eval()
+    calibrate(quant_model, [images(seed=1)])
+    quant_model.requires_grad_(True)
+    twin = training_twin(quant_model)
+    assert twin.blocks[0].attn.query.clamps_through and not twin.blocks[0].attn.key.clamps_through
+    parameters = dict(quant_model.named_parameters())
+    beyond = images(seed=2) * 5
+    assert torch.equal(twin(beyond), quant_model(beyond))
+    ours, theirs = gradients(twin, parameters), gradients(quant_model, parameters)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()), msg=name
+        )
+
+
+def test_a_scale_that_is_more_than_its_parameter_is_refused(tiny_vit, monkeypatch):
+    quant_model = calibrated(tiny_vit, "w4a4")
+    proxy = quant_model.blocks[0].attn.query.act_quant
+    scale = proxy.scale()
+    monkeypatch.setattr(proxy, "scale", lambda: scale * 1.01)
+    with pytest.raises(ModelError, match="the scale is not its parameter divided by a whole number"):
         training_twin(quant_model)
 
 

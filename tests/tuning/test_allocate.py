@@ -10,6 +10,7 @@ from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.quant.cost import multiply_accumulates
+from maskaq_brevitas.tuning.allocate import allocate_widths
 from maskaq_brevitas.tuning.allocate import bit_operations
 from maskaq_brevitas.tuning.allocate import candidate_widths
 from maskaq_brevitas.tuning.allocate import choose_widths
@@ -54,6 +55,11 @@ def test_bit_operations_and_candidates():
     assert candidate_widths(4.5) == [3, 4, 5, 6, 8]
     assert candidate_widths(2.0) == [2, 3, 4, 8]
     assert candidate_widths(8.0) == [7, 8]
+
+
+def test_a_scheme_without_an_average_is_refused(tiny_vit):
+    with pytest.raises(ConfigurationError, match="Expected a scheme with average_bits, for example auto-4.5"):
+        allocate_widths(tiny_vit, tiny_vit, resolve_scheme("w4a4"), {}, [], lambda scheme: tiny_vit)
 
 
 @pytest.mark.parametrize("text", ("auto-1.5", "auto-9", "auto-x", "auto-4.5.1", "auto"))

@@ -224,9 +224,14 @@ def test_an_uncalibrated_scale_is_refused(quant_model):
         parameter_groups(quant_model, DistillConfig())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_state_goes_on_bit_for_bit(tiny_vit, quant_model, images, optimizer):
-    config = dict(augment="light", optimizer=optimizer, scale_learning_rate=1e-4)
+def test_a_tuning_without_steps_is_refused(tiny_vit, quant_model):
+    with pytest.raises(InputError, match="total_steps: expected a whole number >= 1, got 0"):
+        _distiller(tiny_vit, quant_model, total_steps=0)
+
+
+@pytest.mark.parametrize(("optimizer", "momentum"), [("adamw", 0.9), ("sgd", 0.9), ("sgd", 0.0)])
+def test_state_goes_on_bit_for_bit(tiny_vit, quant_model, images, optimizer, momentum):
+    config = dict(augment="light", optimizer=optimizer, momentum=momentum, scale_learning_rate=1e-4)
     distiller = _distiller_with(tiny_vit, quant_model, config)
     distiller.train_epoch(images.split(4), _generator())
     state = {name: value.clone() for name, value in quant_model.state_dict().items()}
