@@ -40,6 +40,7 @@ from maskaq_brevitas.models.geometry import read_geometry
 from maskaq_brevitas.models.health import check_finite
 from maskaq_brevitas.models.token_choice import check_token_choice
 from maskaq_brevitas.modes import own_modes
+from maskaq_brevitas.modes import warn_of_emulation
 from maskaq_brevitas.progress import bars
 from maskaq_brevitas.progress import stage
 from maskaq_brevitas.quant.equalize import EqualizedPlace
@@ -189,12 +190,11 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         work = fitting_effort(named, float_model, *([] if quant_model is None else [quant_model]))
         if num_images is None:
             num_images = work.num_images if taken is None else taken.num_images
-        if synthesis is not None or taken is None:
-            synthesis = with_precision(synthesis or work.synthesis, self.device)
-        else:
-            synthesis = taken.synthesis
+        if synthesis is None:
+            synthesis = work.synthesis if taken is None else taken.synthesis
         if steps is not None:
             synthesis = replace(synthesis, steps=steps)
+        synthesis = with_precision(synthesis, self.device)
         if held_back is None:
             held_back = min(128, max(8, num_images // 8)) if taken is None else taken.held_back
         if taken is not None:
@@ -321,6 +321,7 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
             if self.run is not None:
                 self.maker.save(self.run)
             return self.pool
+        warn_of_emulation("synthesis", self.synthesis.precision, self.device)
         # Calibration loops iterate under no_grad or in inference mode, whose tensors could not be differentiated.
         with torch.no_grad(), self.stage("synthesis"):
             self.maker.fill(self._coupled_snapshot(), self.run)
@@ -385,6 +386,8 @@ class DataFreeCalibrator(DataLoader[tuple[Tensor, int]]):
         if not tunings:
             return self.calibrate()
         check_tuning(tunings, self.float_model, self._quant_model)  # before the images are made
+        for config in tunings:
+            warn_of_emulation("tuning", getattr(config, "precision", "float32"), self.device)
         if self.run is not None:
             self.run.claim("tuning.json", described_tuning(tunings))
         self.ensure_images()

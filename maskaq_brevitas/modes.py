@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import numpy
 import torch
+
+from maskaq_brevitas.errors import SlowArithmeticWarning
 
 __all__ = [
     "Precision",
@@ -18,6 +21,7 @@ __all__ = [
     "multiplies_in_bfloat16",
     "own_modes",
     "seeded",
+    "warn_of_emulation",
 ]
 
 
@@ -69,6 +73,20 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
         found = torch.cpu.get_capabilities()
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # an older torch
+
+
+def warn_of_emulation(stage: str, precision: Precision, device: torch.device) -> None:
+    """Tell that a stage which begins now will take long.
+
+    Warns:
+        SlowArithmeticWarning: if its precision is bfloat16 and the device has to emulate that.
+    """
+    if precision == "bfloat16" and not multiplies_in_bfloat16(device):
+        warnings.warn(
+            f"{stage}.precision is bfloat16, which this {device.type} can only emulate: expect {stage} to take many "
+            "times as long. precision='auto' takes bfloat16 where the hardware multiplies in it, float32 elsewhere.",
+            SlowArithmeticWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 @contextmanager

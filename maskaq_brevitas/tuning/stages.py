@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,13 +17,11 @@ from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.config import TuningConfig
 from maskaq_brevitas.config import to_mapping
 from maskaq_brevitas.errors import ConfigurationError
-from maskaq_brevitas.errors import SlowArithmeticWarning
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.models.families import has_classes
 from maskaq_brevitas.models.token_choice import why_all_tokens
 from maskaq_brevitas.modes import fitting_precision
-from maskaq_brevitas.modes import multiplies_in_bfloat16
 
 __all__ = ["STAGE_NAMES", "check_tuning", "described_tuning", "fitting_effort", "tuning_stages", "with_precision"]
 
@@ -94,20 +91,9 @@ def fitting_effort(effort: Effort, *models: nn.Module) -> Effort:
 
 
 def with_precision(config: AnyConfig, device: torch.device) -> AnyConfig:
-    """``config`` with the arithmetic that ``precision="auto"`` means on a device.
-
-    Warns:
-        SlowArithmeticWarning: if it names bfloat16 and the device has to emulate that.
-    """
+    """``config`` with the arithmetic that ``precision="auto"`` means on a device."""
     if isinstance(config, ReconstructConfig):
         return config
-    if config.precision == "bfloat16" and not multiplies_in_bfloat16(device):
-        stage = "synthesis" if isinstance(config, SynthesisConfig) else "tuning"
-        warnings.warn(
-            f"{stage}.precision is bfloat16, which this {device.type} can only emulate: expect {stage} to take many "
-            "times as long. precision='auto' takes bfloat16 where the hardware multiplies in it, float32 elsewhere.",
-            SlowArithmeticWarning, stacklevel=3,
-        )  # fmt: skip
     return replace(config, precision=fitting_precision(config.precision, device))
 
 
