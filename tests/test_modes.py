@@ -39,14 +39,14 @@ def test_older_releases_of_torch_are_asked_in_their_way(monkeypatch, supported):
     assert modes.fitting_precision("auto", CPU) == ("bfloat16" if supported else "float32")
 
 
-def _raise():
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("fast", (True, False))
 def test_bfloat16_by_name_on_hardware_that_emulates_it_is_warned_of(monkeypatch, tiny_vit, fast):
     """When the work begins: a finished run is read without a word."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
+
+    def interrupt(*work):
+        raise KeyboardInterrupt
+
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         calibrator = DataFreeCalibrator(
@@ -54,7 +54,7 @@ def test_bfloat16_by_name_on_hardware_that_emulates_it_is_warned_of(monkeypatch,
             tuning=DistillConfig(precision="bfloat16"), progress=False,
         )  # fmt: skip
         assert not [warning for warning in found if warning.category is SlowArithmeticWarning]
-        monkeypatch.setattr(calibrator.maker, "fill", lambda *work: _raise())
+        monkeypatch.setattr(calibrator.maker, "fill", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrator.quantize()
     messages = [str(warning.message) for warning in found if warning.category is SlowArithmeticWarning]

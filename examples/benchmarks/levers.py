@@ -6,8 +6,8 @@
 
 ``speed.py`` tells what a lever saves; this, what it costs. The objective is that of the finished images with all five
 terms, on all tokens, in float32, against the calibrated quant model of the first scheme: the same measure for every
-row, although some rows did not optimise it (lower is better). Labels only evaluate. Images and finished cells are kept
-in ``OUT`` and not made again.
+row, although some rows did not optimise it (lower is better). Labels only evaluate. Finished cells are kept in ``OUT``
+and not made again.
 """
 
 from __future__ import annotations

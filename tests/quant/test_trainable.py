@@ -36,6 +36,13 @@ def gradients(model, parameters):
     return {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
 
 
+def assert_close_gradients(ours, theirs):
+    for name, gradient in ours.items():
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()), msg=name
+        )
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_outputs_and_gradients_equal_brevitas(tiny_vit, scheme):
     quant_model = calibrated(tiny_vit, scheme).requires_grad_(True)
@@ -47,10 +54,7 @@ def test_outputs_and_gradients_equal_brevitas(tiny_vit, scheme):
     ours, theirs = gradients(twin, parameters), gradients(quant_model, parameters)
     zero_points = {name for name in theirs if "zero_point" in name}  # the twin keeps them fixed
     assert set(ours) == set(theirs) - zero_points and len(ours) > 30
-    for name, gradient in ours.items():
-        torch.testing.assert_close(
-            gradient, theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()), msg=name
-        )
+    assert_close_gradients(ours, theirs)
 
 
 def test_what_is_trained_in_the_twin_is_trained_in_the_model(tiny_vit):
@@ -86,10 +90,7 @@ def test_a_quantizer_that_hands_gradients_on_beyond_its_range(tiny_vit):
     beyond = images(seed=2) * 5
     assert torch.equal(twin(beyond), quant_model(beyond))
     ours, theirs = gradients(twin, parameters), gradients(quant_model, parameters)
-    for name, gradient in ours.items():
-        torch.testing.assert_close(
-            gradient, theirs[name], rtol=1e-5, atol=1e-5 * float(theirs[name].abs().max()), msg=name
-        )
+    assert_close_gradients(ours, theirs)
 
 
 def test_a_scale_that_is_more_than_its_parameter_is_refused(tiny_vit, monkeypatch):

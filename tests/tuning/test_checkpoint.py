@@ -1,20 +1,14 @@
-"""What is kept of a tuning, and that a note or a state which does not fit is named instead of taken."""
+"""What is kept of a tuning, and that a note which is lost or damaged is named instead of taken."""
 
 import pytest
 import torch
-from torch import nn
 
-from maskaq_brevitas.config import DistillConfig
-from maskaq_brevitas.config import ReconstructConfig
-from maskaq_brevitas.errors import ConfigurationError
 from maskaq_brevitas.errors import DamagedFileError
 from maskaq_brevitas.errors import RunDirectoryError
 from maskaq_brevitas.run_directory import RunDirectory
 from maskaq_brevitas.tuning.checkpoint import has_checkpoint
 from maskaq_brevitas.tuning.checkpoint import load_checkpoint
 from maskaq_brevitas.tuning.checkpoint import save_checkpoint
-from maskaq_brevitas.tuning.stages import tuning_stages
-from maskaq_brevitas.tuning.state import load_quant_state
 
 NOTE = "state/tuning.json"
 
@@ -51,23 +45,3 @@ def test_a_note_without_a_key_is_damaged(run, key):
     run.write_json(NOTE, note)
     with pytest.raises(RunDirectoryError, match=f"is damaged: '{key}' is missing. Start the run again"):
         load_checkpoint(run)
-
-
-def test_states_of_other_models_and_broken_ones_are_refused():
-    model = nn.Linear(2, 3)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RunDirectoryError, match="is broken: weight holds values that are not finite"):
-        load_quant_state(model, {**before, "weight": torch.full((3, 2), torch.nan)})
-    for other in (nn.Linear(2, 4), nn.Linear(2, 3, bias=False)):
-        with pytest.raises(RunDirectoryError, match="does not fit this model and scheme"):
-            load_quant_state(model, other.state_dict())
-    assert all(value.isfinite().all() for value in model.state_dict().values())
-
-
-def test_only_tuning_configurations_are_stages():
-    reconstruct, distill = ReconstructConfig(), DistillConfig()
-    assert tuning_stages(None) == () and tuning_stages(distill) == (distill,)
-    assert tuning_stages([reconstruct, distill]) == (reconstruct, distill)
-    for wrong in (["distill"], [{"epochs": 3}]):
-        with pytest.raises(ConfigurationError, match="tuning: expected DistillConfig or ReconstructConfig, got"):
-            tuning_stages(wrong)
