@@ -5,8 +5,10 @@
 
 Weights are random: speed does not depend on them. The *floor* is one forward and backward pass to the image through the
 float model and one through the frozen snapshot of the w4a4 model: explicit attention, float32, nothing else. A *step*
-is one iteration with all five terms of MaskAQ's objective. All variants of a model take turns within each repetition,
-so a busy machine slows all of them; ratios are medians over repetitions of the ratio within one.
+is one iteration with all five terms of MaskAQ's objective; what a batch costs once (its need of memory is measured on
+five images, the finished images are looked at), a step's worth or less in a run of 30 to 200, is not in it. All variants
+of a model take turns within each repetition, so a busy machine slows all of them; ratios are medians over repetitions
+of the ratio within one.
 """
 
 from __future__ import annotations
@@ -64,14 +66,19 @@ class Case:
         calibrate(quant_model, [self.images[:2].cpu()])
         self.networks = float_snapshot(model).to(device), frozen_snapshot(quant_model).to(device)
 
-    def floor(self, steps: int) -> None:
+    def floor(self, steps: int) -> list[float]:
+        """When each step ended."""
+        ended = []
         for _ in range(steps):
             images = self.images.clone().requires_grad_(True)
             for network in self.networks:
                 network(images).square().sum().backward()
+            ended.append(_now(self.images.device))
+        return ended
 
-    def synthesis(self, config: SynthesisConfig) -> Callable[[int], None]:
-        def run(steps: int) -> None:
+    def synthesis(self, config: SynthesisConfig) -> Callable[[int], list[float]]:
+        def run(steps: int) -> list[float]:
+            ended: list[float] = []
             synthesize(
                 *self.networks,
                 self.geometry,
@@ -79,21 +86,26 @@ class Case:
                 config,
                 generator=torch.Generator().manual_seed(0),
                 steps=steps,
+                on_step=lambda step, objective: ended.append(_now(self.images.device)),
             )
+            return ended
 
         return run
 
 
-def timed(run: Callable[[int], None], steps: int, device: str) -> float:
-    """Seconds per step."""
-    start = time.perf_counter()
-    run(steps)
-    if device != "cpu":
+def timed(run: Callable[[int], list[float]], steps: int) -> float:
+    """Seconds per step: of ``steps`` that follow a first one."""
+    ended = run(steps + 1)
+    return (ended[-1] - ended[0]) / steps
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
+    return time.perf_counter()
 
 
-def peak_memory(run: Callable[[int], None], device: str) -> float | None:
+def peak_memory(run: Callable[[int], list[float]], device: str) -> float | None:
     """MB at the peak of two steps above what the networks and images take; None where it cannot be read.
 
     On a CPU in a process of its own: what an allocator once took it keeps.
@@ -115,7 +127,7 @@ def _peak_elsewhere(variant: str, batch: int, name: str, changes: dict[str, Any]
 
 
 def compare(
-    runs: dict[str, Callable[[int], None]], repetitions: int, steps: int, device: str, batch: int
+    runs: dict[str, Callable[[int], list[float]]], repetitions: int, steps: int, batch: int
 ) -> dict[str, dict[str, Any]]:
     """Medians of all runs, which take turns; the first is the floor that the others are divided by."""
     for run in runs.values():
@@ -123,7 +135,7 @@ def compare(
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):
         for name, run in runs.items():
-            found[name].append(timed(run, steps, device))
+            found[name].append(timed(run, steps))
     floor = next(iter(runs))
     table: dict[str, dict[str, Any]] = {}
     for name, seconds in found.items():
@@ -135,9 +147,9 @@ def compare(
     return table
 
 
-def variants(case: Case) -> dict[str, Callable[[int], None]]:
+def variants(case: Case) -> dict[str, Callable[[int], list[float]]]:
     """The floor and every lever."""
-    runs: dict[str, Callable[[int], None]] = {_FLOOR: case.floor}
+    runs: dict[str, Callable[[int], list[float]]] = {_FLOOR: case.floor}
     for title, changes in LEVERS.items():
         runs[title] = case.synthesis(SynthesisConfig(**{"init": "low_frequency", **changes}))
     return runs
@@ -150,7 +162,7 @@ def measure(
     peaks = {title: _peak_elsewhere(title, batch, name, changes, options.device) for title in (_FLOOR, *titles)}
     case = Case(name, batch, options.device, **changes)
     runs = {title: run for title, run in variants(case).items() if title in peaks}
-    table = compare(runs, options.repetitions, options.steps, options.device, batch)
+    table = compare(runs, options.repetitions, options.steps, batch)
     for title, row in table.items():
         row["peak_mb"] = peaks[title]
     return table

@@ -57,16 +57,21 @@ def test_runs_take_turns_and_ratios_are_medians_within_a_repetition(bench, monke
     order = []
     seconds = {"bare": iter([1.0, 2.0, 4.0]), "ours": iter([2.0, 6.0, 8.0])}
 
-    def timed(run, steps, device):
+    def timed(run, steps):
         name = run(0)
         order.append(name)
         return next(seconds[name])
 
     monkeypatch.setattr(bench, "timed", timed)
-    table = bench.compare({name: lambda steps, name=name: name for name in seconds}, 3, 1, "cpu", 8)
+    table = bench.compare({name: lambda steps, name=name: name for name in seconds}, 3, 1, 8)
     assert order == ["bare", "ours"] * 3
     assert table["ours"]["ratios"] == [2.0, 3.0, 2.0] and table["ours"]["ratio"] == 2.0
     assert table["ours"]["seconds_per_step"] == 6.0 and table["ours"]["images_per_second"] == pytest.approx(8 / 6)
+
+
+def test_what_a_batch_costs_once_is_no_part_of_a_step(bench):
+    # 5 s before the first step has ended, 2 s for each further one, however long it takes to come back.
+    assert bench.timed(lambda steps: [5.0 + 2.0 * step for step in range(steps)], 4) == 2.0
 
 
 def test_peak_memory_sees_what_a_run_takes(bench):
