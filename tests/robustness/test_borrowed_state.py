@@ -33,8 +33,8 @@ DISTILL = DistillConfig(epochs=1, batch_size=4, learning_rate=1e-4)
 class Material:
     """A float model with mixed flags, a calibrator over it, and what calls need beside them."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self):
+        self.folder = None  # where a call may write
         self.model = small_run.small_vit()
         # Flags of the user's, which no call may straighten out.
         self.model.blocks[0].train()
@@ -139,9 +139,16 @@ def failing_at(call, monkeypatch):
         yield uses
 
 
+@pytest.fixture(scope="module")
+def lasting():
+    """One for all tests: what a call leaves behind would be seen by the next ones too."""
+    return Material()
+
+
 @pytest.fixture
-def material(tmp_path):
-    return Material(tmp_path)
+def material(lasting, tmp_path):
+    lasting.folder = tmp_path
+    return lasting
 
 
 SURROUNDINGS = {
