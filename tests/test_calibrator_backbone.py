@@ -210,15 +210,16 @@ def test_export_of_a_backbone_with_several_outputs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "read", "layers"),
+    ("kind", "depths", "read", "layers"),
     [
-        ("upernet_swin", lambda out: out.logits, 6),
-        ("mask2former_swin", lambda out: out.masks_queries_logits, 6),
-        ("depth_anything", lambda out: out.predicted_depth, 2),
+        ("upernet_swin", (1, 2), lambda out: out.logits, 3),
+        ("mask2former_swin", (1, 2, 1, 1), lambda out: out.masks_queries_logits, 5),
+        ("depth_anything", (), lambda out: out.predicted_depth, 2),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_models_of_transformers_on_its_own_backbones(kind, read, layers, tmp_path):
-    model = transformers_model(kind)
+def test_models_of_transformers_on_its_own_backbones(kind, depths, read, layers, tmp_path):
+    model = transformers_model(kind, depths=depths)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     name = next(name for name, part in model.named_modules() if hasattr(part, "out_features"))
     with torch.no_grad():

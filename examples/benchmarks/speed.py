@@ -6,7 +6,7 @@
 Weights are random: speed does not depend on them. The *floor* is one forward and backward pass to the image through the
 float model and one through the frozen snapshot of the w4a4 model: explicit attention, float32, nothing else. A *step*
 is one iteration with all five terms of MaskAQ's objective; what a batch costs once (its need of memory is measured on
-five images, the finished images are looked at), a step's worth or less in a run of 30 to 200, is not in it. All variants
+five images, the finished ones are looked at), a step's worth or less in a run of 30 to 200, is not in it. All variants
 of a model take turns within each repetition, so a busy machine slows all of them; ratios are medians over repetitions
 of the ratio within one.
 """

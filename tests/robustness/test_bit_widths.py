@@ -28,7 +28,7 @@ def pool(tmp_path_factory):
 
 def calibrator(model, scheme):
     synthesis = SynthesisConfig(steps=20, head_weight=0.0, entropy_weight=0.0, align_weight=0.0)
-    return DataFreeCalibrator(model, scheme=scheme, num_images=32, held_back=0, progress=False, synthesis=synthesis)
+    return DataFreeCalibrator(model, scheme=scheme, num_images=8, held_back=0, progress=False, synthesis=synthesis)
 
 
 def noise(accuracy, images):
