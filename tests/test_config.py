@@ -86,7 +86,6 @@ def test_scheme_out_of_range(change, message):
         ({"tv_weight": float("inf")}, "tv_weight: expected a number >= 0, got inf"),
         ({"class_weight": -1.0}, "class_weight: expected a number >= 0, got -1.0"),
         ({"mask_start": 0.0}, r"mask_start: expected a share in \(0, 1\], got 0.0"),
-        ({"dense_from": 1.5}, r"dense_from: expected a share in \(0, 1\], got 1.5"),
         ({"mask_end": 1.1}, r"mask_end: expected a share in \(0, 1\], got 1.1"),
         ({"mask_drop": 1.0}, r"mask_drop: expected a share in \[0, 1\), got 1.0"),
         ({"head_attention": "softmax"}, "head_attention: expected one of logits, raw_logits, probabilities"),

@@ -67,8 +67,6 @@ class SynthesisConfig:
         kept_tokens: share of the patches that both networks still see at the end: those that receive least attention
             are dropped in four cuts before 40 % of the iterations (sparse inversion), and an iteration costs less and
             less. What they show is then shaped by total variation alone. 1 drops none.
-        dense_from: share of the iterations behind which all patches are seen again, so that those that were dropped are
-            shaped a little further; 1: never.
         view_area: below 1, each iteration shows the networks a part of the image, turned a little, at full size: this
             share of its area or more, drawn for each image (sides that would leave the image are cut, so above 0.75 a
             part may be smaller). What is recognised then has the size of an object, not of a texture (the
@@ -119,7 +117,6 @@ class SynthesisConfig:
     mask_drop: float = 0.3
     mask_enabled: bool = True
     kept_tokens: float = 1.0
-    dense_from: float = 1.0
     view_area: float = 1.0
     view_turn: float = 10.0
     jitter: int = 8
@@ -142,7 +139,7 @@ class SynthesisConfig:
         for name in ("learning_rate", "final_learning_rate"):
             if not finite_number(getattr(self, name)) > 0:
                 raise ConfigurationError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
-        for name in ("mask_start", "mask_end", "kept_tokens", "dense_from", "view_area"):
+        for name in ("mask_start", "mask_end", "kept_tokens", "view_area"):
             if not 0 < finite_number(getattr(self, name)) <= 1:
                 raise ConfigurationError(f"{name}: expected a share in (0, 1], got {getattr(self, name)!r}.")
         for name in ("mask_drop", "procedural_share"):

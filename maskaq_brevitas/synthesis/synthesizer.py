@@ -112,7 +112,7 @@ def synthesize(
     final_rate = min(config.final_learning_rate, peak_rate)
 
     chosen = DrawnTokens if config.view_area < 1 else KeptTokens
-    tokens = chosen(geometry, len(labels), config.kept_tokens, config.dense_from)
+    tokens = chosen(geometry, len(labels), config.kept_tokens)
     found: Gradient | None = None
     with networks(float_snapshot, quant_snapshot, geometry, config, parameter.images()) as both:
         for step in range(steps):

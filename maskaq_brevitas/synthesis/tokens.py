@@ -26,17 +26,15 @@ class KeptTokens:
     Args:
         geometry: of the model.
         batch: images.
-        share: of the patches that is kept behind the last cut, in (0, 1]; at least one.
-        until: share of the run behind which all patches are seen again; 1: never.
+        share: of the patches that is kept in the end, in (0, 1]; at least one.
 
     Attributes:
         places: numbers of the kept patches on the image, ``(batch, kept)``, on the CPU.
     """
 
-    def __init__(self, geometry: Geometry, batch: int, share: float, until: float = 1.0):
+    def __init__(self, geometry: Geometry, batch: int, share: float):
         self.geometry = geometry
         self.share = share
-        self.until = until
         self.cuts = 0
         self.places = torch.arange(geometry.patches).expand(batch, -1)
 
@@ -44,24 +42,18 @@ class KeptTokens:
         """Called before each iteration; there is nothing to draw here."""
 
     def is_due(self, progress: float) -> bool:
-        """Whether patches have to be dropped, or taken back, before the iteration at ``progress`` (0 at the first one,
-        1 at the last).
+        """Whether patches have to be dropped before the iteration at ``progress`` (0 at the first one, 1 at the last).
         """
-        if self._is_over(progress):
-            return self.cuts > 0
         return self.share < 1 and sum(progress >= cut for cut in _CUTS) > self.cuts
 
     def cut(self, received: Tensor, progress: float) -> None:
-        """Drop the patches that receive least attention; or take all back, if it is time for that.
+        """Drop the patches that receive least attention.
 
         Args:
             received: attention that each kept patch receives, ``(batch, kept)``, in the order of :attr:`places`.
             progress: see :meth:`is_due`.
         """
         count = self._next_count(progress)
-        if self.cuts == 0:
-            self.places = torch.arange(count).expand(len(self.places), -1)
-            return
         best = received.cpu().topk(min(count, received.shape[1]), dim=1).indices
         self.places = self.places.gather(1, best)
 
@@ -85,12 +77,9 @@ class KeptTokens:
             column = columns - 1 - column
         return patch_tokens(row * columns + column, self.geometry.prefix_tokens)
 
-    def _is_over(self, progress: float) -> bool:
-        return self.until < 1 and progress >= self.until
-
     def _next_count(self, progress: float) -> int:
-        """Note the cut that is due, 0 if all patches are taken back, and tell how many patches it leaves."""
-        self.cuts = 0 if self._is_over(progress) else sum(progress >= cut for cut in _CUTS)
+        """Note the cut that is due, and tell how many patches it leaves."""
+        self.cuts = sum(progress >= cut for cut in _CUTS)
         return max(1, round(self.geometry.patches * self.share ** (self.cuts / len(_CUTS))))
 
 
@@ -100,8 +89,8 @@ class DrawnTokens(KeptTokens):
     are patches of the view.
     """
 
-    def __init__(self, geometry: Geometry, batch: int, share: float, until: float = 1.0):
-        super().__init__(geometry, batch, share, until)
+    def __init__(self, geometry: Geometry, batch: int, share: float):
+        super().__init__(geometry, batch, share)
         self.count = geometry.patches
 
     def draw(self, generator: torch.Generator) -> None:
@@ -113,8 +102,6 @@ class DrawnTokens(KeptTokens):
 
     def cut(self, received: Tensor, progress: float) -> None:
         self.count = self._next_count(progress)
-        if self.cuts == 0:
-            self.places = torch.arange(self.count).expand(len(self.places), -1)
 
     def tokens(self, down: int, right: int, flipped: bool) -> Tensor:
         return patch_tokens(self.places, self.geometry.prefix_tokens)

@@ -149,18 +149,6 @@ def test_every_option_changes_the_images(pair, change):
     assert torch.isfinite(images).all() and not torch.equal(images, run(pair, base).images)
 
 
-def test_dropped_patches_are_shaped_again_at_the_end_of_a_run(pair):
-    """By the terms of both networks: total variation is left out."""
-    config = dataclasses.replace(SHORT, steps=8, align_weight=10.0, tv_weight=0.0, kept_tokens=0.3, jitter=0,
-                                 late_jitter=0)  # fmt: skip
-    few, whole = (run(pair, dataclasses.replace(config, **more)).images for more in ({}, {"dense_from": 0.7}))
-    early = run(pair, dataclasses.replace(config, dense_from=0.05)).images  # nothing was dropped
-    dense = run(pair, dataclasses.replace(config, kept_tokens=1.0)).images
-    assert torch.equal(early, dense) and not torch.equal(whole, dense)
-    moved = (whole - few).abs().amax(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).amax(dim=(-2, -1)) > 0
-    assert moved.all()  # every patch of every image
-
-
 def test_all_attention_kinds_agree_on_which_is_which(pair):
     """Raw logits are logits times sqrt(head width): the alignment distance scales with them."""
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))

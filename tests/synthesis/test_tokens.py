@@ -48,23 +48,6 @@ def test_the_patches_that_receive_least_are_dropped_in_equal_ratios():
     assert not kept.is_due(1.0)
 
 
-@pytest.mark.parametrize("kind", (KeptTokens, DrawnTokens))
-def test_all_are_taken_back_for_the_end_of_the_run(kind):
-    kept, generator, sizes = kind(GEOMETRY, 2, 0.4, 0.7), torch.Generator().manual_seed(0), []
-    for step in range(11):
-        if kept.is_due(step / 10):
-            kept.cut(torch.rand(2, kept.places.shape[1], generator=generator), step / 10)
-        kept.draw(generator)
-        sizes.append(kept.places.shape[1])
-    assert sizes == [15, 12, 9, 8, 6, 6, 6, 15, 15, 15, 15]
-    assert kept.tokens(0, 0, False).tolist() == [list(range(17))] * 2
-
-
-def test_taken_back_before_any_was_dropped():
-    kept = KeptTokens(GEOMETRY, 2, 0.4, 0.05)
-    assert not any(kept.is_due(step / 10) for step in range(11))
-
-
 def test_all_are_kept_by_default():
     kept = KeptTokens(GEOMETRY, 1, 1.0)
     assert not kept.is_due(1.0)
