@@ -84,6 +84,8 @@ def pt2e_package() -> ModuleType:
 def pt2e_int8(model: nn.Module, loader: DataLoader) -> nn.Module:
     """``torch.export``, ``prepare_pt2e`` with the X86InductorQuantizer, calibration, ``convert_pt2e``.
 
+    On a CPU without VNNI activations take 7 bits, as torchao's documentation of ``reduce_range`` asks for.
+
     Returns:
         The reference model: it quantizes and dequantizes around float kernels, until :func:`compiled` fuses them.
 
@@ -93,7 +95,8 @@ def pt2e_int8(model: nn.Module, loader: DataLoader) -> nn.Module:
     pt2e = pt2e_package()
     with _quiet():
         x86 = import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        widths = x86.get_default_x86_inductor_quantization_config(reduce_range=_overflows())
+        quantizer = x86.X86InductorQuantizer().set_global(widths)
         images = next(iter(loader))[0]
         # The example must hold two images at least: a batch of one would be taken for a constant.
         example = images if len(images) > 1 else images.repeat(2, 1, 1, 1)
@@ -140,6 +143,11 @@ class _Borrowed(nn.Module):
             return self.function[0](x)
         with self.freezing(freezing=True):
             return self.function[0](x)
+
+
+def _overflows() -> bool:
+    """Whether int8 kernels add two products in 16 bits here, which 8-bit activations overflow (x86 before VNNI)."""
+    return not getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
 
 
 def _fx_package() -> tuple[ModuleType, ModuleType]:

@@ -68,6 +68,15 @@ def test_pt2e_reference_takes_any_batch(tiny_vit):
             torch.testing.assert_close(found, expected[:count], rtol=0, atol=0.2)
 
 
+@pytest.mark.skipif(not HAS_TORCHAO, reason="the extra pt2e is not installed")
+@pytest.mark.parametrize(("has_vnni", "highest"), ((True, 255), (False, 127)))
+def test_activations_take_a_bit_less_where_int8_kernels_would_overflow(tiny_vit, monkeypatch, has_vnni, highest):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    reference = flows.pt2e_int8(tiny_vit, loader())
+    nodes = [node for node in reference.function[0].graph.nodes if "quantize_per_tensor.default" in str(node.target)]
+    assert nodes and {node.args[4] for node in nodes} == {highest}
+
+
 def test_missing_torchao_and_broken_compiler_are_said_in_the_table(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantize_pt2e", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'maskaq_brevitas\[pt2e\]'"):
