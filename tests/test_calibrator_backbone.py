@@ -216,7 +216,6 @@ def test_export_of_a_backbone_with_several_outputs(tmp_path):
         ("mask2former_swin", (1, 2, 1, 1), lambda out: out.masks_queries_logits, 5),
         ("depth_anything", (), lambda out: out.predicted_depth, 2),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_models_of_transformers_on_its_own_backbones(kind, depths, read, layers, tmp_path):
     model = transformers_model(kind, depths=depths)
