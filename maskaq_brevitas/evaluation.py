@@ -31,6 +31,7 @@ from maskaq_brevitas.models.families import class_count
 from maskaq_brevitas.models.families import read_logits
 from maskaq_brevitas.models.family import data_config
 from maskaq_brevitas.models.geometry import read_geometry
+from maskaq_brevitas.modes import evaluation_mode
 
 __all__ = ["Accuracy", "LabelledData", "LabelledImages", "digits_images", "digits_split", "evaluate", "labelled_folder"]
 
@@ -229,28 +230,25 @@ def evaluate(
     # A generator of its own: a DataLoader without one draws from the caller's random state.
     loader = DataLoader(evaluated, batch_size=batch_size, generator=torch.Generator())
     home = next(model.parameters(), torch.empty(0)).device
-    training = {module: module.training for module in model.modules()}
     correct1 = correct5 = 0
     predictions = []
     try:
-        model.eval().to(device or home)
-        for images, labels in tqdm(loader, desc="evaluate", unit="batch", disable=None if progress else True):
-            with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
+            model.to(device or home)
+            for images, labels in tqdm(loader, desc="evaluate", unit="batch", disable=None if progress else True):
                 logits = read_logits(model, model(images.to(device or home))).cpu()
-            if logits.ndim != 2 or len(logits) != len(images):
-                raise InputError(
-                    f"Expected logits of shape (batch x classes) with a batch of {len(images)}, got "
-                    f"{tuple(logits.shape)}. Evaluate a model with a classifier."
-                )
-            _check_labels(labels.tolist(), logits.shape[1])
-            top1, top5 = timm.utils.accuracy(logits, labels, topk=(1, 5))  # percent of this batch
-            correct1 += round(top1.item() * len(labels) / 100)
-            correct5 += round(top5.item() * len(labels) / 100)
-            predictions.append(logits.argmax(dim=1))
+                if logits.ndim != 2 or len(logits) != len(images):
+                    raise InputError(
+                        f"Expected logits of shape (batch x classes) with a batch of {len(images)}, got "
+                        f"{tuple(logits.shape)}. Evaluate a model with a classifier."
+                    )
+                _check_labels(labels.tolist(), logits.shape[1])
+                top1, top5 = timm.utils.accuracy(logits, labels, topk=(1, 5))  # percent of this batch
+                correct1 += round(top1.item() * len(labels) / 100)
+                correct5 += round(top5.item() * len(labels) / 100)
+                predictions.append(logits.argmax(dim=1))
     finally:
         model.to(home)
-        for module, flag in training.items():
-            module.training = flag
     return Accuracy(
         top1=100 * correct1 / total, top5=100 * correct5 / total, images=total, predictions=torch.cat(predictions))
 

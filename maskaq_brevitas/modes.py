@@ -10,12 +10,14 @@ from typing import Literal
 
 import numpy
 import torch
+from torch import nn
 
 from maskaq_brevitas.errors import SlowArithmeticWarning
 
 __all__ = [
     "Precision",
     "arithmetic",
+    "evaluation_mode",
     "fitting_precision",
     "kept_random_states",
     "multiplies_in_bfloat16",
@@ -87,6 +89,21 @@ def warn_of_emulation(stage: str, precision: Precision, device: torch.device) ->
             "times as long. precision='auto' takes bfloat16 where the hardware multiplies in it, float32 elsewhere.",
             SlowArithmeticWarning, stacklevel=3,
         )  # fmt: skip
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode; afterwards every module has its own flag back.
+
+    Asking a Brevitas proxy for its scale changes flags too: quantizers share some of their stateless parts.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 @contextmanager

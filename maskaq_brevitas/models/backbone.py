@@ -28,6 +28,7 @@ from maskaq_brevitas.models.families import family_of
 from maskaq_brevitas.models.families import known_families
 from maskaq_brevitas.models.families import why_whole_grid
 from maskaq_brevitas.models.geometry import read_geometry
+from maskaq_brevitas.modes import evaluation_mode
 
 __all__ = ["HostedBackbone", "tensors_in"]
 
@@ -220,12 +221,8 @@ def _seen_as(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 @torch.no_grad()
 def _equal_weights(network: Any) -> tuple[float, ...]:
     """A factor for each feature map that gives all of them the same power on images of noise."""
-    training = {module: module.training for module in network.modules()}
     like = next(network.parameters())
     noise = torch.randn(_PROBES, *read_geometry(network).input_size, generator=torch.Generator().manual_seed(0))
-    try:
-        maps = network.eval().feature_maps(noise.to(like))
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with evaluation_mode(network):
+        maps = network.feature_maps(noise.to(like))
     return tuple(float(part.flatten(1).square().sum(dim=1).mean().clamp_min(1e-12).rsqrt()) for part in maps)

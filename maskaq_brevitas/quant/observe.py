@@ -13,6 +13,7 @@ from torch import nn
 
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.models.families import block_prefix
+from maskaq_brevitas.modes import evaluation_mode
 
 __all__ = ["collect_rows"]
 
@@ -62,17 +63,13 @@ def collect_rows(
     off = quantization_status_manager(
         quant_model, disable_act_quant=True, disable_weight_quant=True, is_training=False
     )
-    training = {module: module.training for module in quant_model.modules()}
     try:
-        quant_model.eval()
-        with off:
+        with evaluation_mode(quant_model), off:
             for images in batches:
                 quant_model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return {name: torch.cat(samples) for name, samples in kept.items()}
 
 

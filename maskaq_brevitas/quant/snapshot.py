@@ -27,6 +27,7 @@ from maskaq_brevitas.models.families import attention_modules
 from maskaq_brevitas.models.families import write_out
 from maskaq_brevitas.models.graph_attention import is_graph_module
 from maskaq_brevitas.models.graph_attention import put_taps
+from maskaq_brevitas.modes import evaluation_mode
 
 __all__ = ["FakeQuantize", "FrozenLayer", "check_layer", "float_snapshot", "frozen_snapshot", "integer_bounds"]
 
@@ -87,7 +88,8 @@ class FrozenLayer(nn.Module):
         self.input_quant = _fake_quantize(layer.input_quant)
         weight = layer.quant_weight() if layer.weight_quant.is_quant_enabled else layer.weight
         self.register_buffer("weight", getattr(weight, "value", weight).detach().clone())
-        self.bias = layer.bias if bias is None else nn.Parameter(bias, requires_grad=False)
+        bias = layer.bias if bias is None else bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.is_linear = isinstance(layer, nn.Linear)
         if not self.is_linear:
             self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -110,16 +112,21 @@ def frozen_snapshot(quant_model: nn.Module, input_size: Sequence[int] | None = N
     Raises:
         ModelError: if a layer or quantizer cannot be frozen (not Linear or Conv2d, per group, or dynamic).
     """
-    snapshot = copy.deepcopy(quant_model).eval().requires_grad_(False)
+    # Only looked at, never changed: to copy Brevitas' many small modules would take longer than all the rest.
+    layers = {
+        id(module): module for module in quant_model.modules()
+        if isinstance(module, (QuantWeightBiasInputOutputLayer, QuantIdentity))
+    }  # fmt: skip
+    snapshot = copy.deepcopy(quant_model, dict(layers))
     answer_logits(snapshot)
     if is_graph_module(snapshot):
         put_taps(snapshot)  # for good: who opens them later need not compile the graph anew
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(snapshot):
         biases = _quantized_biases(snapshot, input_size)
         frozen: dict[nn.Module, nn.Module] = {}
         # Brevitas' graph passes let several names share one quantizer.
         for name, module in list(snapshot.named_modules(remove_duplicate=False)):
-            if not isinstance(module, (QuantWeightBiasInputOutputLayer, QuantIdentity)):
+            if id(module) not in layers:
                 continue
             if module not in frozen and isinstance(module, QuantIdentity):
                 frozen[module] = _fake_quantize(module.act_quant)
@@ -128,7 +135,7 @@ def frozen_snapshot(quant_model: nn.Module, input_size: Sequence[int] | None = N
                 frozen[module] = FrozenLayer(module, biases.get(module))
             parent, _, child = name.rpartition(".")
             setattr(snapshot.get_submodule(parent), child, frozen[module])
-    return snapshot.eval()
+    return snapshot.eval().requires_grad_(False)
 
 
 def _quantized_biases(quant_model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.Module, Tensor]:

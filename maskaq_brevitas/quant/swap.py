@@ -157,42 +157,42 @@ def swap_layers(
     quant_model = copy.deepcopy(model)
     attention_modules(quant_model)  # refuses a model without
     write_out(quant_model)
+    attentions, names = attention_modules(quant_model), _names(quant_model)
     asymmetric = layers_behind_activation(quant_model) if scheme.gelu == "asymmetric" else set()
     unsigned = set()
     uneven = {name for place in channel_places(quant_model) for name in place.consumers}
     if scheme.equalize:
         # Equalised channels are centred: a signed quantizer without zero point fits them.
         asymmetric -= uneven
-        _fill_slots(quant_model)
+        _fill_slots(quant_model, names)
     places: list[QuantizedPlace] = []
-    for name, module in attention_modules(quant_model).items():
+    for name, module in attentions.items():
         widths = {operand: plan[f"{name}.{operand}"].activation for operand in OPERANDS}
         twin = quantize_operands(module, widths, scheme)
         unsigned |= {f"{name}.{child}" for child in twin.unsigned_layers}
     for name, bits in plan.items():
-        if name.rpartition(".")[2] in OPERANDS and name.rpartition(".")[0] in dict(attention_modules(quant_model)):
+        if name.rpartition(".")[2] in OPERANDS and name.rpartition(".")[0] in attentions:
             places.append(QuantizedPlace(name, "operand", None, bits.activation))
             continue
         layer = quant_model.get_submodule(name)
         if isinstance(layer, nn.Identity):
             quantizer = activation_quantizer("signed", bits.activation, scheme)
-            _replace(
-                quant_model, name, QuantIdentity(act_quant=quantizer, return_quant_tensor=False).train(layer.training)
-            )
+            tokens = QuantIdentity(act_quant=quantizer, return_quant_tensor=False).train(layer.training)
+            _replace(quant_model, names[layer], tokens)
             places.append(QuantizedPlace(name, "tokens", None, bits.activation))
             continue
         kind: ValueKind = "asymmetric" if name in asymmetric else scheme.softmax if name in unsigned else "signed"
         channels = None
         if isinstance(layer, nn.Linear) and name in uneven - asymmetric and scheme.input_scales == "channel":
             channels = layer.in_features
-        _replace(quant_model, name, _quantized_layer(layer, bits, kind, scheme, channels))
+        _replace(quant_model, names[layer], _quantized_layer(layer, bits, kind, scheme, channels))
         title = "linear" if isinstance(layer, nn.Linear) else "convolution"
         places.append(QuantizedPlace(name, title, bits.weight, bits.activation))
     order = {name: index for index, (name, _) in enumerate(quant_model.named_modules())}
     places.sort(key=lambda place: order[place.name])
     if skipped:
-        names = "; ".join(f"{layer.name} ({layer.type_name}: {layer.reason})" for layer in skipped)
-        warnings.warn(f"Left in float: {names}.", SkippedLayerWarning, stacklevel=2)
+        listed = "; ".join(f"{layer.name} ({layer.type_name}: {layer.reason})" for layer in skipped)
+        warnings.warn(f"Left in float: {listed}.", SkippedLayerWarning, stacklevel=2)
     return quant_model.eval(), SwapRecord(tuple(places), skipped)
 
 
@@ -257,7 +257,7 @@ def _patch_tokens(model: nn.Module) -> str:
     return name
 
 
-def _fill_slots(model: nn.Module) -> None:
+def _fill_slots(model: nn.Module, names: dict[nn.Module, list[str]]) -> None:
     """Make room for equalisation: an identity :class:`ChannelAffine` in every slot, a bias in every consumer.
 
     Each consumer also gets two buffers that bias correction fills: ``input_mean``, ``(in_features,)``, the mean of its
@@ -272,7 +272,8 @@ def _fill_slots(model: nn.Module) -> None:
                 layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
         if place.slot is not None:
             weight = cast(nn.Linear, model.get_submodule(place.consumers[0])).weight
-            _replace(model, place.slot, ChannelAffine(weight.shape[1], device=weight.device, dtype=weight.dtype))
+            slot = names[model.get_submodule(place.slot)]
+            _replace(model, slot, ChannelAffine(weight.shape[1], device=weight.device, dtype=weight.dtype))
 
 
 def _classifier_names(model: nn.Module) -> set[str]:
@@ -293,9 +294,16 @@ def _skipped_layers(model: nn.Module) -> Iterator[SkippedLayer]:
             yield SkippedLayer(name, type(module).__name__, "no quantized twin for this type")
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of ``name``, under every name that the module there has (layers may be shared)."""
-    before = model.get_submodule(name)
-    for alias in [alias for alias, found in model.named_modules(remove_duplicate=False) if found is before]:
-        parent, _, child = alias.rpartition(".")
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of every module: layers may be shared."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _replace(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    """Put ``module`` in the place that has these names."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)

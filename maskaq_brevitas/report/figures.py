@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import Any
@@ -21,7 +19,7 @@ from torch import nn
 
 from maskaq_brevitas.quant.attention import OPERANDS
 
-__all__ = ["Cost", "PlaceFigures", "QuantizerFigures", "evaluation_mode", "measure_cost", "measure_places", "sqnr"]
+__all__ = ["Cost", "PlaceFigures", "QuantizerFigures", "measure_cost", "measure_places", "sqnr"]
 
 _FLOAT_BITS = 32
 #: Buffers of quantized layers that only calibration and tuning read: no deployed file has them.
@@ -102,21 +100,6 @@ def sqnr(signal_power: float, error_power: float) -> float:
     if error_power == 0:
         return math.inf
     return 10 * math.log10(signal_power / error_power) if signal_power > 0 else -math.inf
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in evaluation mode; afterwards every module has its own flag back.
-
-    Asking a Brevitas proxy for its scale changes flags too: quantizers share some of their stateless parts.
-    """
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @torch.no_grad()

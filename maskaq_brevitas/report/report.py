@@ -23,12 +23,12 @@ from torch import nn
 from maskaq_brevitas.errors import ModelError
 from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.models.families import has_classes
+from maskaq_brevitas.modes import evaluation_mode
 from maskaq_brevitas.quant.cost import multiply_accumulates
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.report.figures import Cost
 from maskaq_brevitas.report.figures import PlaceFigures
 from maskaq_brevitas.report.figures import QuantizerFigures
-from maskaq_brevitas.report.figures import evaluation_mode
 from maskaq_brevitas.report.figures import measure_cost
 from maskaq_brevitas.report.figures import measure_places
 from maskaq_brevitas.report.pictures import save_image_grid

@@ -19,6 +19,7 @@ from torch import nn
 
 from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.modes import evaluation_mode
 
 __all__ = [
     "calibrate",
@@ -65,10 +66,8 @@ def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
         ModelError: if a quantizer was never reached by the data: its layer is bypassed, and its scale would be wrong.
     """
     reset_calibration(quant_model)
-    training = {module: module.training for module in quant_model.modules()}
     first: Tensor | None = None
-    try:
-        quant_model.eval()
+    with evaluation_mode(quant_model):
         with calibration_mode(quant_model):
             for images in batches:
                 first = images if first is None else first
@@ -82,9 +81,6 @@ def calibrate(quant_model: nn.Module, batches: Iterable[Tensor]) -> None:
                 "their weights directly), so they cannot be quantized by swapping modules."
             )
         quant_model(first[:1])
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def silent_quantizers(quant_model: nn.Module) -> list[str]:

@@ -41,6 +41,7 @@ from maskaq_brevitas.models.token_choice import draw_tokens
 from maskaq_brevitas.models.token_choice import patch_count
 from maskaq_brevitas.models.token_choice import token_choice
 from maskaq_brevitas.modes import arithmetic
+from maskaq_brevitas.modes import evaluation_mode
 from maskaq_brevitas.quant.trainable import biases_follow
 from maskaq_brevitas.quant.trainable import compile_blocks
 from maskaq_brevitas.quant.trainable import scales_turn
@@ -364,17 +365,14 @@ class Distiller:
     @contextmanager
     def _trainable(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Evaluation mode, and gradients for ``parameters``; both flags are put back."""
-        training = {module: module.training for module in self.quant_model.modules()}
         gradients = {parameter: parameter.requires_grad for parameter in self.quant_model.parameters()}
         chosen = {id(parameter) for parameter in parameters}
         try:
-            self.quant_model.eval()
             for parameter in gradients:
                 parameter.requires_grad_(id(parameter) in chosen)
-            yield
+            with evaluation_mode(self.quant_model):
+                yield
         finally:
-            for module, flag in training.items():
-                module.training = flag
             for parameter, flag in gradients.items():
                 parameter.requires_grad_(flag)
 

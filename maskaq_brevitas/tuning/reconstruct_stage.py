@@ -18,6 +18,7 @@ from maskaq_brevitas.models.block_path import bound_arguments
 from maskaq_brevitas.models.families import block_names
 from maskaq_brevitas.models.families import block_passages
 from maskaq_brevitas.models.families import features_behind
+from maskaq_brevitas.modes import evaluation_mode
 from maskaq_brevitas.modes import own_modes
 from maskaq_brevitas.modes import seeded
 from maskaq_brevitas.progress import BarFactory
@@ -86,15 +87,13 @@ class ReconstructStage:
         Raises:
             ModelError: if the model has no known blocks, or feature_weight needs what it does not have.
         """
-        training = {module: module.training for module in self.quant_model.modules()}
         wanted = {parameter: parameter.requires_grad for parameter in self.quant_model.parameters()}
-        with tempfile.TemporaryDirectory(prefix="maskaq-") as folder, own_modes():
+        folder = tempfile.TemporaryDirectory(prefix="maskaq-")
+        with folder as place, own_modes(), evaluation_mode(self.quant_model):
             try:
-                self.quant_model.eval().requires_grad_(False)
-                self._execute(Path(folder))
+                self.quant_model.requires_grad_(False)
+                self._execute(Path(place))
             finally:
-                for module, mode in training.items():
-                    module.training = mode
                 for parameter, flag in wanted.items():
                     parameter.requires_grad_(flag)
 
