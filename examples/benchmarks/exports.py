@@ -40,7 +40,7 @@ from maskaq_brevitas.export import QcdqModel
 from maskaq_brevitas.export import QonnxModel
 from maskaq_brevitas.export import export_qcdq
 from maskaq_brevitas.export import export_qonnx
-from maskaq_brevitas.export.execute import _execute_node
+from maskaq_brevitas.export.execute import QonnxExecutor
 from maskaq_brevitas.files import write_whole
 from maskaq_brevitas.report.report import text_table
 
@@ -106,6 +106,7 @@ def in_float64(path: Path, images: Tensor) -> Tensor:
     """Logits of a QONNX or QCDQ file, with float64 inside of every operator of :data:`_SUMMING`; one image at a time.
     """
     graph = ModelWrapper(onnx.load(path))
+    executor = QonnxExecutor(graph)
     opsets = {entry.domain: entry.version for entry in graph.model.opset_import}
     runners = [
         None if node.op_type in ("Quant", "Gelu") else ReferenceEvaluator(node, opsets=opsets)
@@ -117,7 +118,7 @@ def in_float64(path: Path, images: Tensor) -> Tensor:
         context: dict[str, Any] = {**constants, graph.graph.input[0].name: image[None].numpy()}
         for node, runner in zip(graph.graph.node, runners, strict=True):
             if node.op_type == "Quant":
-                _execute_node(graph, node, context)
+                executor.run(node, context)
                 continue
             feed = {name: context[name] for name in node.input if name}
             if node.op_type in _SUMMING:

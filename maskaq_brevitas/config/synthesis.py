@@ -57,6 +57,11 @@ class SynthesisConfig:
             raw logits, with alignment at 0.1, 0.82 / 0.66 / 3.38; probabilities for head and entropy 0.80 / 0.80 /
             2.97; probabilities for the mask 0.85 / 0.72 / 3.06. No choice wins at all widths, so the default stays with
             the published kind.
+        align_every: iterations from one pass through the quantized model to the next. The gradient of the alignment is
+            taken that many times then, so that it weighs the same over a run; the float model's terms are taken in
+            every iteration. The first and the last iteration have it in any case, and so has every iteration for a
+            model without classes, whose features the quantized model has to meet. ViT-Tiny, 16 images of 30
+            iterations, the objective of the finished images: 2.83 with 1, 2.84 with 3, in 0.64 of the time.
         entropy_rows: rows of attention sampled in each iteration for the entropy term; ``None`` takes all.
         head_rows: the same for the head coherence term.
         mask_per_layer: one informative-region mask per layer instead of one for all. Measured as above: 0.91 / 0.65 /
@@ -109,6 +114,7 @@ class SynthesisConfig:
     entropy_attention: AttentionKind = "logits"
     align_attention: AttentionKind = "logits"
     mask_attention: AttentionKind = "logits"
+    align_every: int = 1
     entropy_rows: int | None = 64
     head_rows: int | None = 64
     mask_per_layer: bool = False
@@ -129,7 +135,7 @@ class SynthesisConfig:
     max_redraws: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "align_every"):
             check_at_least(name, getattr(self, name), 1)
         for name in ("jitter", "late_jitter", "max_redraws"):
             check_at_least(name, getattr(self, name), 0)

@@ -1,4 +1,4 @@
-"""Running a QONNX graph with qonnx' executor, on its own and in step with PyTorch (see verify.py for why)."""
+"""Running a QONNX graph node by node, on its own and in step with PyTorch (see verify.py for why)."""
 
 import os
 from collections.abc import Sequence
@@ -26,11 +26,10 @@ __all__ = [
     "DYNAMIC_BATCH",
     "Failure",
     "InStep",
+    "QonnxExecutor",
     "QonnxModel",
     "blame",
     "compare_quantizer",
-    "execute",
-    "execute_in_step",
     "load_for_batch",
     "next_call",
     "read_onnx",
@@ -126,25 +125,27 @@ def load_for_batch(path: str | os.PathLike[str], shape: tuple[int, ...] | None, 
 
 
 class QonnxModel(nn.Module):
-    """A QONNX file as a module: images ``(batch, channels, height, width)`` to logits, by qonnx' executor, on the CPU.
+    """A QONNX file as a module: images ``(batch, channels, height, width)`` to logits, by
+    :class:`QonnxExecutor`, on the CPU.
 
     Args:
         path: a file written by :func:`maskaq_brevitas.export.export_qonnx`.
         shape: ``(channels, height, width)`` of the images.
 
     Raises:
-        ExportError: the file is not there or is no ONNX file; when called: the executor failed.
+        ExportError: the file is not there or is no ONNX file; when called: a node could not be executed.
         InputError: the file takes images of another shape.
     """
 
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, ...]):
         super().__init__()
         with quiet():
-            self.graph, self.batch = load_for_batch(path, shape, DYNAMIC_BATCH)
+            graph, self.batch = load_for_batch(path, shape, DYNAMIC_BATCH)
+            self.executor = QonnxExecutor(graph)
 
     def forward(self, images: Tensor) -> Tensor:
         with quiet():
-            return torch.cat([execute(self.graph, chunk) for chunk in whole_batches(images, self.batch)])[: len(images)]
+            return torch.cat([self.executor(chunk) for chunk in whole_batches(images, self.batch)])[: len(images)]
 
 
 def whole_batches(images: Tensor, batch: int) -> list[Tensor]:
@@ -156,84 +157,125 @@ def whole_batches(images: Tensor, batch: int) -> list[Tensor]:
     return chunks
 
 
-def execute(graph: Any, images: Tensor) -> Tensor:
-    """Logits ``(batch, classes)`` of a qonnx ``ModelWrapper`` for one batch ``(batch, channels, height, width)``.
+class QonnxExecutor:
+    """Executes a QONNX graph node by node on the CPU: standard operators in ONNX Runtime, the others by qonnx.
 
-    Of a graph with several outputs all in one, ``(batch, values)``.
-
-    Raises:
-        ExportError: the executor failed.
-    """
-    context = _context(graph, images)
-    for node in graph.graph.node:
-        _execute_node(graph, node, context)
-    return _outputs(graph, context)
-
-
-def execute_in_step(graph: Any, model: nn.Module, images: Tensor, tolerance: float) -> InStep:
-    """Execute one batch node by node, set each quantizer's output to PyTorch's, and stop at the first wrong node.
+    What qonnx' own ``execute_onnx`` does, except that it builds a new session for every standard node of every pass,
+    and looks up, per node, annotations that only integer graphs of FINN have: most of its time on a ViT. Nor can it be
+    stepped.
 
     Args:
-        graph: qonnx ``ModelWrapper`` for this batch size.
-        model: the Brevitas model in eval mode on the CPU.
-        images: ``(batch, channels, height, width)``.
-        tolerance: largest difference, relative to the largest absolute value of the compared tensor.
+        graph: qonnx ``ModelWrapper`` for one batch size; not changed.
     """
-    from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 
-    expected, calls = capture_calls(model, images, lambda module: isinstance(module, QuantProxyFromInjector))
-    modules = dict(model.named_modules())
-    context = _context(graph, images)
-    matched = flips = 0
-    for index, node in enumerate(graph.graph.node):
-        _execute_node(graph, node, context)
-        call = next_call(node, calls, modules) if node.op_type in QUANT_OPS else None
-        if call is None:
-            continue
-        source, result = context[node.input[0]], context[node.output[0]]
-        problem, synchronised, flipped = compare_quantizer(
-            call, source, result, context[node.input[1]], context[node.input[2]], tolerance
-        )
-        if problem:
-            broken = blame(graph.graph.node, model, images, context, index, problem, tolerance)
-            return InStep(float("nan"), flips, matched, broken)
-        matched, flips = matched + 1, flips + flipped
-        context[node.output[0]] = synchronised
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self._opsets = graph.get_opset_imports()
+        self._sessions: dict[str, Any] = {}
 
-    difference = relative_difference(_outputs(graph, context).numpy(), expected.numpy())
-    failure = None
-    if not difference <= tolerance:
-        problem = f"its result differs by {difference:.3g} of the largest logit"
-        if not matched:
-            problem += " (no quantizer of the file could be matched with the model's)"
-        failure = blame(graph.graph.node, model, images, context, len(graph.graph.node) - 1, problem, tolerance)
-    return InStep(difference, flips, matched, failure)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of one batch ``(batch, channels, height, width)``.
 
+        Of a graph with several outputs all in one, ``(batch, values)``.
 
-def _outputs(graph: Any, context: Context) -> Tensor:
-    return joined([torch.from_numpy(context[value.name]) for value in graph.graph.output])
+        Raises:
+            ExportError: a node could not be executed.
+        """
+        context = self._context(images)
+        for node in self.graph.graph.node:
+            self.run(node, context)
+        return self._outputs(context)
 
+    def in_step(self, model: nn.Module, images: Tensor, tolerance: float) -> InStep:
+        """Execute one batch, set each quantizer's output to PyTorch's, and stop at the first wrong node.
 
-def _context(graph: Any, images: Tensor) -> Context:
-    """Every tensor of the graph by name: parameters, the images, and buffers for the rest."""
-    context: Context = graph.make_empty_exec_context()
-    context[graph.graph.input[0].name] = images.numpy()
-    return context
+        Args:
+            model: the Brevitas model in eval mode on the CPU.
+            images: ``(batch, channels, height, width)``.
+            tolerance: largest difference, relative to the largest absolute value of the compared tensor.
+        """
+        from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 
+        expected, calls = capture_calls(model, images, lambda module: isinstance(module, QuantProxyFromInjector))
+        modules = dict(model.named_modules())
+        nodes, context = self.graph.graph.node, self._context(images)
+        matched = flips = 0
+        for index, node in enumerate(nodes):
+            self.run(node, context)
+            call = next_call(node, calls, modules) if node.op_type in QUANT_OPS else None
+            if call is None:
+                continue
+            source, result = context[node.input[0]], context[node.output[0]]
+            problem, synchronised, flipped = compare_quantizer(
+                call, source, result, context[node.input[1]], context[node.input[2]], tolerance
+            )
+            if problem:
+                broken = blame(nodes, model, images, context, index, problem, tolerance)
+                return InStep(float("nan"), flips, matched, broken)
+            matched, flips = matched + 1, flips + flipped
+            context[node.output[0]] = synchronised
 
-def _execute_node(graph: Any, node: Any, context: Context) -> None:
-    # What qonnx' execute_onnx does for each node. Its own loop also looks up, per node, annotations that only integer
-    # graphs of FINN have, which is more than half of its time on a ViT, and it cannot be stepped.
-    from qonnx.core.onnx_exec import execute_node
+        difference = relative_difference(self._outputs(context).numpy(), expected.numpy())
+        failure = None
+        if not difference <= tolerance:
+            problem = f"its result differs by {difference:.3g} of the largest logit"
+            if not matched:
+                problem += " (no quantizer of the file could be matched with the model's)"
+            failure = blame(nodes, model, images, context, len(nodes) - 1, problem, tolerance)
+        return InStep(difference, flips, matched, failure)
 
-    opsets = graph.get_opset_imports()
-    try:
-        execute_node(node, context, graph.graph, opsets.get(node.domain, opsets[""]))
-    except Exception as error:
-        raise ExportError(
-            f"qonnx could not execute node {node.name} ({node.op_type}): {type(error).__name__}: {str(error)[-600:]}. "
-            "The file is damaged, or holds an operator that qonnx does not know."
-        ) from error
+    def run(self, node: Any, context: Context) -> None:
+        """Execute one node: read its inputs from ``context``, and write its outputs there.
+
+        Raises:
+            ExportError: it could not be executed.
+        """
+        from qonnx.core.onnx_exec import execute_node
+        from qonnx.custom_op.registry import is_custom_op
+
+        has_subgraph = any(attribute.HasField("g") for attribute in node.attribute)
+        try:
+            if has_subgraph or is_custom_op(node.domain, node.op_type):
+                execute_node(node, context, self.graph.graph, self._opsets.get(node.domain, self._opsets[""]))
+                return
+            given = {name: context[name] for name in node.input if name}
+            key = node.output[0]
+            if key not in self._sessions:
+                self._sessions[key] = self._session(node, given)
+            context.update(zip(filter(None, node.output), self._sessions[key].run(None, given), strict=True))
+        except Exception as error:
+            raise ExportError(
+                f"Node {node.name} ({node.op_type}) could not be executed: {type(error).__name__}: "
+                f"{str(error)[-600:]}. The file is damaged, or holds an operator that ONNX Runtime and qonnx do not "
+                "know."
+            ) from error
+
+    def _session(self, node: Any, given: Context) -> Any:
+        """An ONNX Runtime session of this node alone, for inputs of these types and shapes."""
+        import onnx
+        import onnxruntime
+
+        inputs = [
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in given.items()
+        ]
+        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+        graph = onnx.helper.make_graph([node], "node", inputs, outputs)
+        opset = onnx.helper.make_opsetid(node.domain, self._opsets.get(node.domain, self._opsets[""]))
+        proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=self.graph.model.ir_version)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # else hundreds of sessions have threads of their own
+        options.log_severity_level = 4
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def _context(self, images: Tensor) -> Context:
+        """Every tensor of the graph by name: parameters, the images, and buffers for the rest."""
+        context: Context = self.graph.make_empty_exec_context()
+        context[self.graph.graph.input[0].name] = images.numpy()
+        return context
+
+    def _outputs(self, context: Context) -> Tensor:
+        return joined([torch.from_numpy(context[value.name]) for value in self.graph.graph.output])
 
 
 def next_call(node: Any, calls: dict[str, list[Call]], modules: dict[str, nn.Module]) -> Call | None:

@@ -27,8 +27,7 @@ from maskaq_brevitas.export.capture import capture_calls
 from maskaq_brevitas.export.execute import DYNAMIC_BATCH
 from maskaq_brevitas.export.execute import Failure
 from maskaq_brevitas.export.execute import InStep
-from maskaq_brevitas.export.execute import execute
-from maskaq_brevitas.export.execute import execute_in_step
+from maskaq_brevitas.export.execute import QonnxExecutor
 from maskaq_brevitas.export.execute import load_for_batch
 from maskaq_brevitas.export.execute import whole_batches
 from maskaq_brevitas.export.execute_qcdq import load_qcdq
@@ -107,10 +106,10 @@ def verify_qonnx(
     images = _checked(images)
     with quiet():
         graph, batch = load_for_batch(path, tuple(images.shape[1:]), min(DYNAMIC_BATCH, len(images)))
+        executor = QonnxExecutor(graph)
         return _verify(
             path, quant_model, images, batch, tolerance, raise_on_mismatch,
-            run=lambda chunk: execute(graph, chunk),
-            run_in_step=lambda model, chunk: execute_in_step(graph, model, chunk, tolerance),
+            run=executor, run_in_step=lambda model, chunk: executor.in_step(model, chunk, tolerance),
         )  # fmt: skip
 
 

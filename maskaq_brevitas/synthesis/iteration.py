@@ -151,6 +151,8 @@ def objective_gradient(
     tokens: KeptTokens,
     progress: float,
     generator: torch.Generator,
+    *,
+    align: float = 1.0,
 ) -> Gradient:
     """Objective and its gradient to the images, which pass through the networks in parts that fit into memory.
 
@@ -160,6 +162,7 @@ def objective_gradient(
         tokens: the patches that are kept.
         progress: 0 at the first iteration, 1 at the last.
         generator: random source on the CPU.
+        align: how many times the gradient of the alignment counts; 0 leaves the quantized model and its term out.
     """
     geometry = both.geometry
     draws = _draw(images, both, tokens, progress, generator)
@@ -168,7 +171,7 @@ def objective_gradient(
     while True:
         try:
             found = [
-                _of_part(part, images, labels, both, tokens, progress, draws)
+                _of_part(part, images, labels, both, tokens, progress, draws, align)
                 for part in memory.parts(len(images), most)
             ]
             break
@@ -233,18 +236,23 @@ def _of_part(
     tokens: KeptTokens,
     progress: float,
     draws: _Draws,
+    align: float,
 ) -> Gradient:
     """The iteration for the images of ``part``; no graph outlives it."""
     leaves = images[part].detach().requires_grad_(True)
     try:
-        terms = _terms(part, leaves, labels[part], both, tokens, progress, draws)
+        terms = _terms(part, leaves, labels[part], both, tokens, progress, draws, align > 0)
         if not terms:
             raise ConfigurationError(
                 f"Nothing shapes the images: {type(both.float_snapshot).__name__} has no classes, and every other "
                 "weight is 0."
             )
         objective = reduce(torch.add, (weight * term for weight, term in terms.values()))
-        (gradient,) = torch.autograd.grad(objective.sum(), leaves)
+        pull = objective
+        if align > 1 and "align" in terms:
+            weight, distance = terms["align"]
+            pull = objective + (align - 1) * weight * distance
+        (gradient,) = torch.autograd.grad(pull.sum(), leaves)
         kind = both.config.mask_attention
         seen = received(both.seen_by_float, kind, both.geometry, both.float_snapshot).detach().mean(dim=0)
     finally:
@@ -260,8 +268,11 @@ def _terms(
     tokens: KeptTokens,
     progress: float,
     draws: _Draws,
+    aligned: bool,
 ) -> dict[str, tuple[float, Tensor]]:
-    """Weight and value ``(images,)`` of every term that is switched on, from one forward pass of each network."""
+    """Weight and value ``(images,)`` of every term that is switched on, from one forward pass of each network, or of
+    the float one alone.
+    """
     geometry, config = both.geometry, both.config
     if draws.crops is None:
         x = torch.roll(images, shifts=(draws.down, draws.right), dims=(-2, -1))
@@ -275,7 +286,7 @@ def _terms(
     terms: dict[str, tuple[float, Tensor]] = {}
     with arithmetic(config.precision, x.device):
         logits = both.float_snapshot(x)
-        quant_logits = None if both.quant_snapshot is None else both.quant_snapshot(x)
+        quant_logits = None if both.quant_snapshot is None or not aligned else both.quant_snapshot(x)
     if config.class_weight > 0 and geometry.num_classes > 0:
         terms["class"] = config.class_weight, objectives.class_loss(logits.float(), labels)
     elif config.class_weight > 0 and quant_logits is not None:
@@ -300,7 +311,7 @@ def _terms(
     if config.entropy_weight > 0:
         entropy = objectives.entropy_loss(*seen(config.entropy_attention), on_device(draws.entropy_rows), images=len(x))
         terms["entropy"] = config.entropy_weight, entropy
-    if both.quant_snapshot is not None and both.seen_by_quant is not None:
+    if both.quant_snapshot is not None and both.seen_by_quant is not None and aligned:
         share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
         mask, float_rows = informative(both.seen_by_float, geometry, config, both.float_snapshot, min(1.0, share))
         mask = masks.drop_at_random(mask, config.mask_drop, draws.dropping[..., part, :])

@@ -114,6 +114,8 @@ def synthesize(
     chosen = DrawnTokens if config.view_area < 1 else KeptTokens
     tokens = chosen(geometry, len(labels), config.kept_tokens)
     found: Gradient | None = None
+    alignment: Tensor | None = None
+    every = config.align_every if geometry.num_classes > 0 else 1
     with networks(float_snapshot, quant_snapshot, geometry, config, parameter.images()) as both:
         for step in range(steps):
             progress = step / max(1, steps - 1)
@@ -121,7 +123,15 @@ def synthesize(
                 tokens.cut(found.received, progress)
             optimizer.param_groups[0]["lr"] = final_rate + (peak_rate - final_rate) * (1 + cos(pi * progress)) / 2
             images = parameter.images()
-            found = objective_gradient(images, labels, both, tokens, progress, generator)
+            is_aligned = step % every == 0 or step == steps - 1
+            found = objective_gradient(
+                images, labels, both, tokens, progress, generator, align=every if is_aligned else 0
+            )
+            shown = found.objective
+            if "align" in found.terms:
+                alignment = config.align_weight * found.terms["align"]
+            elif alignment is not None:
+                shown = shown + alignment  # as it was last seen, so that iterations can be compared
             (gradient,) = torch.autograd.grad(images, parameter.value, found.images)
             broken = ~(torch.isfinite(found.objective) & torch.isfinite(gradient.flatten(1)).all(dim=1))
             if broken.any():
@@ -131,7 +141,7 @@ def synthesize(
             optimizer.step()
             parameter.settle()
             if step in (0, steps - 1) or on_step is not None:
-                mean = float(found.objective[~broken].mean()) if not broken.all() else float("nan")
+                mean = float(shown[~broken].mean()) if not broken.all() else float("nan")
                 if step in (0, steps - 1):
                     _note(batch.trace, mean, {name: term[~broken] for name, term in found.terms.items()})
                 if on_step is not None:

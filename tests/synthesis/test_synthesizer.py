@@ -16,9 +16,11 @@ from maskaq_brevitas.quant.snapshot import float_snapshot
 from maskaq_brevitas.quant.snapshot import frozen_snapshot
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.synthesis import augment
+from maskaq_brevitas.synthesis import iteration
 from maskaq_brevitas.synthesis import masks
 from maskaq_brevitas.synthesis.synthesizer import masked_alignment
 from maskaq_brevitas.synthesis.synthesizer import synthesize
+from maskaq_brevitas.synthesis.tokens import KeptTokens
 from maskaq_brevitas.tuning.calibrate import calibrate
 
 LABELS = torch.tensor([3, 0, 7])
@@ -133,7 +135,7 @@ def test_same_seed_same_bytes(pair):
 @pytest.mark.parametrize(
     "change",
     (
-        {"align_weight": 0.0}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"head_rows": 4},
+        {"align_weight": 0.0}, {"align_every": 3}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"head_rows": 4},
         {"kept_tokens": 0.5}, {"flip": True},
         {"head_attention": "probabilities"}, {"align_attention": "probabilities"}, {"init": "low_frequency"},
         {"init": "dead_leaves"},
@@ -144,9 +146,45 @@ def test_same_seed_same_bytes(pair):
     ),
 )  # fmt: skip
 def test_every_option_changes_the_images(pair, change):
-    base = dataclasses.replace(SHORT, steps=2, align_weight=10.0, tv_weight=1.0)  # large enough to move the pixels
+    base = dataclasses.replace(SHORT, steps=3, align_weight=10.0, tv_weight=1.0)  # large enough to move the pixels
     images = run(pair, dataclasses.replace(base, **change)).images
     assert torch.isfinite(images).all() and not torch.equal(images, run(pair, base).images)
+
+
+@pytest.mark.parametrize("classes, asked", ((10, [0, 3, 6, 7]), (0, [0, 1, 2, 3, 4, 5, 6, 7])))
+def test_quant_model_is_asked_in_every_nth_iteration_and_the_last(tiny_vit, classes, asked):
+    """Without classes it is asked in each: the class loss is the distance of both networks' features then."""
+    tiny_vit.reset_classifier(classes)
+    ours, theirs, geometry = float_snapshot(tiny_vit), float_snapshot(tiny_vit), read_geometry(tiny_vit)
+    seen, passes, objectives = [0], [], []
+    theirs.register_forward_pre_hook(lambda *_: passes.append(seen[0]))
+
+    def note(step, objective):
+        seen[0] = step
+        objectives.append(objective)
+
+    batch = synthesize(
+        ours, theirs, geometry, LABELS, dataclasses.replace(SHORT, steps=8, align_every=3),
+        generator=torch.Generator().manual_seed(0), on_step=note,
+    )  # fmt: skip
+    assert passes[1:] == asked  # the first pass measures what a graph takes
+    assert "align" in batch.trace and (objectives[0], objectives[-1]) == batch.trace["objective"]
+
+
+def test_gradient_of_the_alignment_is_taken_as_often_as_it_stands_for(pair):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    config = dataclasses.replace(SHORT, align_weight=10.0)
+    found = []
+    with iteration.networks(*pair, config, images) as both:
+        for align in (0, 1, 3):
+            found.append(iteration.objective_gradient(
+                images, LABELS, both, KeptTokens(pair[2], 3, 1.0), 0.0, torch.Generator().manual_seed(0), align=align
+            ))  # fmt: skip
+    without, once, thrice = found
+    assert "align" not in without.terms and torch.equal(once.objective, thrice.objective)
+    pull = once.images - without.images
+    assert pull.abs().max() > 0.05 * without.images.abs().max()
+    torch.testing.assert_close(thrice.images, without.images + 3 * pull, rtol=1e-4, atol=1e-6)
 
 
 def test_all_attention_kinds_agree_on_which_is_which(pair):
