@@ -135,7 +135,8 @@ def test_same_seed_same_bytes(pair):
 @pytest.mark.parametrize(
     "change",
     (
-        {"align_weight": 0.0}, {"align_every": 3}, {"mask_per_layer": True}, {"mask_enabled": False}, {"entropy_rows": 4}, {"head_rows": 4},
+        {"align_weight": 0.0}, {"align_every": 3}, {"mask_per_layer": True},
+        {"mask_enabled": False}, {"entropy_rows": 4}, {"head_rows": 4},
         {"kept_tokens": 0.5}, {"flip": True},
         {"head_attention": "probabilities"}, {"align_attention": "probabilities"}, {"init": "low_frequency"},
         {"init": "dead_leaves"},
@@ -167,7 +168,7 @@ def test_quant_model_is_asked_in_every_nth_iteration_and_the_last(tiny_vit, clas
         ours, theirs, geometry, LABELS, dataclasses.replace(SHORT, steps=8, align_every=3),
         generator=torch.Generator().manual_seed(0), on_step=note,
     )  # fmt: skip
-    assert passes[1:] == asked  # the first pass measures what a graph takes
+    assert passes[2:] == asked  # two passes measure what a graph takes
     assert "align" in batch.trace and (objectives[0], objectives[-1]) == batch.trace["objective"]
 
 
