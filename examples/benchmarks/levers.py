@@ -37,14 +37,16 @@ from maskaq_brevitas.report.report import text_table
 from maskaq_brevitas.synthesis.procedural import procedural_places
 from maskaq_brevitas.synthesis.synthesizer import synthesize
 
-#: Title -> the changes of the dense float32 step, and how many times its iterations.
-LEVERS: dict[str, tuple[dict[str, Any], int]] = {
-    "dense step": ({}, 1),
-    "bfloat16": ({"precision": "bfloat16"}, 1),
-    "30 % of the tokens": ({"kept_tokens": 0.3}, 1),
-    "both": ({"precision": "bfloat16", "kept_tokens": 0.3}, 1),
-    "30 % of the tokens, twice the iterations": ({"kept_tokens": 0.3}, 2),
-    "both, twice the iterations": ({"precision": "bfloat16", "kept_tokens": 0.3}, 2),
+_REST = {"kept_tokens": 0.45, "align_every": 6, "learning_rate": 0.06}
+#: Title -> the changes of the dense float32 step.
+LEVERS: dict[str, dict[str, Any]] = {
+    "dense step": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "alignment in every sixth iteration": {"align_every": 6},
+    "45 % of the patches": {"kept_tokens": 0.45},
+    "30 % of the patches": {"kept_tokens": 0.3},
+    "all levers, float32": _REST,
+    "all levers, bfloat16": {**_REST, "precision": "bfloat16"},
 }
 
 
@@ -110,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = digits_split(False, model) if options.eval_data is None else labelled_folder(options.eval_data, model)
     device = next(model.parameters()).device
     chosen = options.levers or [
-        title for title, (changes, _) in LEVERS.items() if "precision" not in changes or multiplies_in_bfloat16(device)
+        title for title, changes in LEVERS.items() if "precision" not in changes or multiplies_in_bfloat16(device)
     ]
     budget = {
         "model": options.model, "images": options.images, "steps": options.steps, "schemes": options.schemes,
@@ -124,11 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for title in chosen:
-            changes, times = LEVERS[title]
             name = f"{title}|{seed}"
             if name in cells:
                 continue
-            config = SynthesisConfig(steps=options.steps * times, warmup_steps=max(1, options.steps // 4), **changes)
+            config = SynthesisConfig(steps=options.steps, **LEVERS[title])
 
             def make(
                 scheme: str, config: SynthesisConfig = config, seed: int = seed, **where: Any
