@@ -38,11 +38,13 @@ def _synthesis(**values: Any) -> SynthesisConfig:
 
 
 def _cheap_synthesis(**values: Any) -> SynthesisConfig:
-    """All five terms at a third of the time of the dense step or less, the objective of the finished images alike.
+    """All five terms in a third of the time of the dense step.
 
-    ``examples/benchmarks/levers.py`` measures both.
+    ViT-Tiny, 32 images of 30 iterations, the objective of the finished images over two sets of labels: 2.92 dense, 3.43
+    with half of the patches, 3.54 with 30 % and all of them in every fourth iteration, 3.56 with 30 % and all in the
+    last five; a class weight of 2 or 3 does not help.
     """
-    return _synthesis(kept_tokens=0.45, align_every=6, learning_rate=0.06, **values)
+    return _synthesis(kept_tokens=0.5, align_every=6, learning_rate=0.06, **values)
 
 
 def _distillation(**values: Any) -> DistillConfig:

@@ -16,10 +16,10 @@ BENCH = Path(__file__).parents[2] / "examples" / "benchmarks" / "levers.py"
 @pytest.mark.heavy
 def test_rows_are_made_once_and_another_budget_is_refused(bench, monkeypatch, tmp_path, capsys):
     options = "--images 4 --steps 2 --seeds 0 --schemes w8a8 w2a2 --eval-limit 40".split()
-    options += ["--levers", "dense step", "all levers, float32", "--out", str(tmp_path / "bench")]
+    options += ["--levers", "dense step", "and half of the patches", "--out", str(tmp_path / "bench")]
     bench.main(options)
     text = capsys.readouterr().out
-    assert [title for title in bench.LEVERS if f"\n{title}  " in text] == ["dense step", "all levers, float32"]
+    assert [title for title in bench.LEVERS if f"\n{title}  " in text] == ["dense step", "and half of the patches"]
     cells = json.loads((tmp_path / "bench" / "levers.json").read_text())["cells"]
     for cell in cells.values():
         assert cell["seconds"] > 0 and cell["top1"]["w8a8"] > cell["top1"]["w2a2"]
@@ -37,7 +37,7 @@ def test_rows_without_bfloat16_where_it_is_emulated(bench, monkeypatch, tmp_path
         monkeypatch.setattr(bench, "multiplies_in_bfloat16", lambda device, fast=fast: fast)
         bench.main(["--seeds", "0", "1", "--out", str(tmp_path / str(fast))])
         text = capsys.readouterr().out
-        assert ("bfloat16" in text) is ("all levers, bfloat16" in text) is fast
+        assert ("bfloat16" in text) is ("and both" in text) is fast
         assert "2.00 ± 0.00" in text
 
 

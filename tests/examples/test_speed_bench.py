@@ -20,7 +20,7 @@ def test_all_rows_are_measured_and_stored(bench, monkeypatch, tmp_path, capsys):
     bench.main([*OPTIONS, "--out", str(out)])
     report = json.loads(out.read_text())
     rows = report["levers"]["test_vit"]
-    emulated = set() if multiplies_in_bfloat16(torch.device("cpu")) else {"bfloat16"}
+    emulated = set() if multiplies_in_bfloat16(torch.device("cpu")) else {"bfloat16", "and bfloat16"}
     assert list(rows) == ["floor: two bare networks", *(title for title in bench.LEVERS if title not in emulated)]
     floor = rows["floor: two bare networks"]
     assert floor["ratio"] == 1
@@ -43,7 +43,7 @@ def test_bfloat16_is_left_out_where_it_is_emulated(bench, monkeypatch, tmp_path,
     monkeypatch.setattr(bench, "multiplies_in_bfloat16", lambda device: False)
     bench.main([*OPTIONS, "--no-growth", "--out", str(tmp_path / "speed.json")])
     rows = json.loads((tmp_path / "speed.json").read_text())["levers"]["test_vit"]
-    assert set(bench.LEVERS) - set(rows) == {"bfloat16"}
+    assert set(bench.LEVERS) - set(rows) == {"bfloat16", "and bfloat16"}
     assert "Without bfloat16, which cpu would emulate here" in capsys.readouterr().out
 
 
