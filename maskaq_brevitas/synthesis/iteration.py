@@ -274,6 +274,7 @@ def _terms(
     the float one alone.
     """
     geometry, config = both.geometry, both.config
+    quant_snapshot = both.quant_snapshot if aligned else None
     if draws.crops is None:
         x = torch.roll(images, shifts=(draws.down, draws.right), dims=(-2, -1))
     else:
@@ -286,7 +287,7 @@ def _terms(
     terms: dict[str, tuple[float, Tensor]] = {}
     with arithmetic(config.precision, x.device):
         logits = both.float_snapshot(x)
-        quant_logits = None if both.quant_snapshot is None or not aligned else both.quant_snapshot(x)
+        quant_logits = None if quant_snapshot is None else quant_snapshot(x)
     if config.class_weight > 0 and geometry.num_classes > 0:
         terms["class"] = config.class_weight, objectives.class_loss(logits.float(), labels)
     elif config.class_weight > 0 and quant_logits is not None:
@@ -311,11 +312,11 @@ def _terms(
     if config.entropy_weight > 0:
         entropy = objectives.entropy_loss(*seen(config.entropy_attention), on_device(draws.entropy_rows), images=len(x))
         terms["entropy"] = config.entropy_weight, entropy
-    if both.quant_snapshot is not None and both.seen_by_quant is not None and aligned:
+    if quant_snapshot is not None and both.seen_by_quant is not None:
         share = masks.mask_share(progress, config.mask_start, config.mask_end) * geometry.patches / patches
         mask, float_rows = informative(both.seen_by_float, geometry, config, both.float_snapshot, min(1.0, share))
         mask = masks.drop_at_random(mask, config.mask_drop, draws.dropping[..., part, :])
-        quant_rows = received(both.seen_by_quant, config.align_attention, geometry, both.quant_snapshot)
+        quant_rows = received(both.seen_by_quant, config.align_attention, geometry, quant_snapshot)
         terms["align"] = config.align_weight, objectives.masked_alignment_loss(float_rows, quant_rows, mask)
     return terms
 
