@@ -233,15 +233,16 @@ class QonnxExecutor:
         from qonnx.core.onnx_exec import execute_node
         from qonnx.custom_op.registry import is_custom_op
 
+        version = self._opsets.get(node.domain, self._opsets[""])
         has_subgraph = any(attribute.HasField("g") for attribute in node.attribute)
         try:
             if has_subgraph or is_custom_op(node.domain, node.op_type):
-                execute_node(node, context, self.graph.graph, self._opsets.get(node.domain, self._opsets[""]))
+                execute_node(node, context, self.graph.graph, version)
                 return
             given = {name: context[name] for name in node.input if name}
             key = node.output[0]
             if key not in self._sessions:
-                self._sessions[key] = self._session(node, given)
+                self._sessions[key] = self._session(node, given, version)
             context.update(zip(filter(None, node.output), self._sessions[key].run(None, given), strict=True))
         except Exception as error:
             raise ExportError(
@@ -250,7 +251,7 @@ class QonnxExecutor:
                 "know."
             ) from error
 
-    def _session(self, node: Any, given: Context) -> Any:
+    def _session(self, node: Any, given: Context, version: int) -> Any:
         """An ONNX Runtime session of this node alone, for inputs of these types and shapes."""
         import onnx
         import onnxruntime
@@ -261,7 +262,7 @@ class QonnxExecutor:
         ]
         outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
         graph = onnx.helper.make_graph([node], "node", inputs, outputs)
-        opset = onnx.helper.make_opsetid(node.domain, self._opsets.get(node.domain, self._opsets[""]))
+        opset = onnx.helper.make_opsetid(node.domain, version)
         proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=self.graph.model.ir_version)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # else hundreds of sessions have threads of their own

@@ -88,11 +88,10 @@ class ReconstructStage:
             ModelError: if the model has no known blocks, or feature_weight needs what it does not have.
         """
         wanted = {parameter: parameter.requires_grad for parameter in self.quant_model.parameters()}
-        folder = tempfile.TemporaryDirectory(prefix="maskaq-")
-        with folder as place, own_modes(), evaluation_mode(self.quant_model):
+        with tempfile.TemporaryDirectory(prefix="maskaq-") as folder, own_modes(), evaluation_mode(self.quant_model):
             try:
                 self.quant_model.requires_grad_(False)
-                self._execute(Path(place))
+                self._execute(Path(folder))
             finally:
                 for parameter, flag in wanted.items():
                     parameter.requires_grad_(flag)
