@@ -39,6 +39,7 @@ from maskaq_brevitas.synthesis.synthesizer import synthesize
 
 _SIXTH: dict[str, Any] = {"align_every": 6}
 _HALF: dict[str, Any] = {**_SIXTH, "kept_tokens": 0.5, "learning_rate": 0.06}
+_SUITED: dict[str, Any] = {**_HALF, "start_views": 3}
 #: Title -> the changes of the dense float32 step, and how many times its iterations.
 LEVERS: dict[str, tuple[dict[str, Any], float]] = {
     "dense step": ({}, 1),
@@ -47,7 +48,8 @@ LEVERS: dict[str, tuple[dict[str, Any], float]] = {
     "and bfloat16": ({**_SIXTH, "precision": "bfloat16"}, 1),
     "and half of the patches": (_HALF, 1),
     "and half of the patches, 4/3 of the iterations": (_HALF, 4 / 3),
-    "and both": ({**_HALF, "precision": "bfloat16"}, 1),
+    "and half of the patches, suited starts": (_SUITED, 1),
+    "all of them": ({**_SUITED, "precision": "bfloat16"}, 1),
 }
 
 

@@ -44,7 +44,7 @@ def _cheap_synthesis(**values: Any) -> SynthesisConfig:
     with half of the patches, 3.54 with 30 % and all of them in every fourth iteration, 3.56 with 30 % and all in the
     last five; a class weight of 2 or 3 does not help.
     """
-    return _synthesis(kept_tokens=0.5, align_every=6, learning_rate=0.06, **values)
+    return _synthesis(kept_tokens=0.5, align_every=6, start_views=3, learning_rate=0.06, **values)
 
 
 def _distillation(**values: Any) -> DistillConfig:

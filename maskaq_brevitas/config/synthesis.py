@@ -43,6 +43,9 @@ class SynthesisConfig:
             ``"dead_leaves"`` (edges and flat regions too) or ``"scenes"``. Measured as above after 200 steps of
             distillation, scenes among the drawn images: started from low frequencies 1.10 (384 images, 50 iterations,
             all terms), from scenes 1.05 (160 images, 25 iterations, class and total variation alone).
+        start_views: each label of a batch starts from what the float model takes for it most, among the starting images
+            of the batch and this many random parts of each; ``None``: from any of them. Not for a model without
+            classes.
         parameterization: what the optimiser turns: ``"pixel"`` (METHOD.md) or ``"spectrum"`` (1/f-weighted Fourier
             coefficients on decorrelated colour axes).
         head_weight, class_weight, tv_weight, align_weight, entropy_weight: coefficients of the five terms. Of a model
@@ -104,6 +107,7 @@ class SynthesisConfig:
     learning_rate: float = 0.05
     final_learning_rate: float = 1e-3
     init: Literal["gaussian", "low_frequency", "dead_leaves", "scenes"] = "scenes"
+    start_views: int | None = None
     parameterization: Literal["pixel", "spectrum"] = "spectrum"
     head_weight: float = 1.0
     class_weight: float = 1.0
@@ -140,9 +144,11 @@ class SynthesisConfig:
             check_at_least(name, getattr(self, name), 1)
         for name in ("jitter", "late_jitter", "max_redraws"):
             check_at_least(name, getattr(self, name), 0)
-        for name in ("warmup_steps", "entropy_rows", "head_rows", "memory_mib"):
+        for name, least in (
+            ("warmup_steps", 1), ("entropy_rows", 2), ("head_rows", 1), ("memory_mib", 1), ("start_views", 0)
+        ):  # fmt: skip
             if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 2 if name == "entropy_rows" else 1)
+                check_at_least(name, getattr(self, name), least)
         for name in ("learning_rate", "final_learning_rate"):
             if not finite_number(getattr(self, name)) > 0:
                 raise ConfigurationError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")

@@ -19,7 +19,6 @@ from maskaq_brevitas.errors import SynthesisError
 from maskaq_brevitas.models.attention_tap import attention_tap
 from maskaq_brevitas.models.geometry import Geometry
 from maskaq_brevitas.modes import arithmetic
-from maskaq_brevitas.synthesis import augment
 from maskaq_brevitas.synthesis import masks
 from maskaq_brevitas.synthesis import objectives
 from maskaq_brevitas.synthesis.iteration import Gradient
@@ -31,15 +30,14 @@ from maskaq_brevitas.synthesis.iteration import tap_points
 from maskaq_brevitas.synthesis.parameterize import ImageParameter
 from maskaq_brevitas.synthesis.parameterize import PixelParameter
 from maskaq_brevitas.synthesis.parameterize import SpectrumParameter
-from maskaq_brevitas.synthesis.procedural import dead_leaves_images
-from maskaq_brevitas.synthesis.scenes import scene_images
+from maskaq_brevitas.synthesis.starts import draw_start
+from maskaq_brevitas.synthesis.starts import draw_suited_start
 from maskaq_brevitas.synthesis.tokens import DrawnTokens
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 
-__all__ = ["SynthesizedBatch", "draw_start", "masked_alignment", "seen_by", "synthesize"]
+__all__ = ["SynthesizedBatch", "masked_alignment", "seen_by", "synthesize"]
 
 _PARAMETERS: dict[str, type[ImageParameter]] = {"pixel": PixelParameter, "spectrum": SpectrumParameter}
-_DRAWN_STARTS = {"dead_leaves": dead_leaves_images, "scenes": scene_images}
 
 
 @dataclass
@@ -103,7 +101,12 @@ def synthesize(
     shape = (len(labels), *geometry.input_size)
     if start is not None and tuple(start.shape) != shape:
         raise InputError(f"start: expected images of shape {shape}, got {tuple(start.shape)}.")
-    first = draw_start(config.init, shape, low, high, generator) if start is None else start.clone()
+    if start is not None:
+        first = start.clone()
+    elif config.start_views is not None and geometry.num_classes > 0:
+        first = draw_suited_start(labels, float_snapshot, geometry.input_size, low, high, config, generator)
+    else:
+        first = draw_start(config.init, shape, low, high, generator)
     parameter = _PARAMETERS[config.parameterization](first.to(device), low, high)
     optimizer = torch.optim.AdamW([parameter.value], lr=peak_rate, weight_decay=0.0)
     draws = torch.zeros(len(labels), dtype=torch.long)
@@ -207,23 +210,6 @@ def masked_alignment(
         mask, float_rows = informative(ours, geometry, config, float_snapshot, config.mask_end)
         quant_rows = received(theirs, config.align_attention, geometry, quant_snapshot)
         return objectives.masked_alignment_loss(float_rows, quant_rows, mask)
-
-
-def draw_start(
-    init: str, shape: tuple[int, int, int, int], low: Tensor, high: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Starting images of the kind ``init`` (see :class:`~maskaq_brevitas.config.SynthesisConfig`), on the CPU.
-
-    Args:
-        low, high: black and white in normalised units, ``(channels, 1, 1)``. Low-frequency images get a deviation of a
-            fifth of what lies between, a typical contrast of photographs; Gaussian ones get 1 as published.
-    """
-    low, high = low.cpu(), high.cpu()
-    if init in _DRAWN_STARTS:
-        return low + (high - low) * _DRAWN_STARTS[init](shape, generator)
-    if init == "gaussian":
-        return augment.gaussian_images(shape, generator)
-    return augment.low_frequency_images(shape, generator) * 0.2 * (high - low)
 
 
 def _fork(generator: torch.Generator) -> torch.Generator:

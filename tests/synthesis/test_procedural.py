@@ -8,7 +8,7 @@ from maskaq_brevitas.synthesis import maker
 from maskaq_brevitas.synthesis.augment import low_frequency_images
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.procedural import procedural_places
-from maskaq_brevitas.synthesis.synthesizer import draw_start
+from maskaq_brevitas.synthesis.starts import draw_start
 
 
 def generator(seed=0):
