@@ -45,7 +45,8 @@ class SynthesisConfig:
             all terms), from scenes 1.05 (160 images, 25 iterations, class and total variation alone).
         start_views: each label of a batch starts from what the float model takes for it most, among the starting images
             of the batch and this many random parts of each; ``None``: from any of them. Not for a model without
-            classes.
+            classes. ViT-Tiny, half of the patches, 30 iterations, the objective of the finished images over four sets
+            of 16 labels: 3.08 +- 0.40 with 3, 3.72 +- 0.67 without, for a twelfth more time.
         parameterization: what the optimiser turns: ``"pixel"`` (METHOD.md) or ``"spectrum"`` (1/f-weighted Fourier
             coefficients on decorrelated colour axes).
         head_weight, class_weight, tv_weight, align_weight, entropy_weight: coefficients of the five terms. Of a model

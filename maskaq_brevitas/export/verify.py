@@ -24,9 +24,9 @@ from maskaq_brevitas.errors import InputError
 from maskaq_brevitas.export.brevitas_onnx import export_copy
 from maskaq_brevitas.export.brevitas_onnx import last_lines
 from maskaq_brevitas.export.capture import capture_calls
+from maskaq_brevitas.export.compare import Failure
+from maskaq_brevitas.export.compare import InStep
 from maskaq_brevitas.export.execute import DYNAMIC_BATCH
-from maskaq_brevitas.export.execute import Failure
-from maskaq_brevitas.export.execute import InStep
 from maskaq_brevitas.export.execute import QonnxExecutor
 from maskaq_brevitas.export.execute import load_for_batch
 from maskaq_brevitas.export.execute import whole_batches

@@ -16,7 +16,7 @@ from maskaq_brevitas.errors import MissingExtraError
 from maskaq_brevitas.export import export_qonnx
 from maskaq_brevitas.export import verify_qonnx
 from maskaq_brevitas.export.capture import capture_calls
-from maskaq_brevitas.export.execute import _compare_values
+from maskaq_brevitas.export.compare import _compare_values
 from maskaq_brevitas.export.scopes import module_scopes
 from maskaq_brevitas.export.scopes import record_scopes
 
