@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from maskaq_brevitas.config import SynthesisConfig
+from maskaq_brevitas.modes import Precision
 from maskaq_brevitas.modes import arithmetic
 from maskaq_brevitas.synthesis import augment
 from maskaq_brevitas.synthesis.procedural import dead_leaves_images
 from maskaq_brevitas.synthesis.scenes import scene_images
 
-__all__ = ["assigned", "draw_start", "draw_suited_start"]
+__all__ = ["assigned", "draw_start", "suited_starts"]
 
 _DRAWN = {"dead_leaves": dead_leaves_images, "scenes": scene_images}
 # Of the views that labels choose among: smallest share of the image, and largest angle in degrees.
@@ -37,37 +37,35 @@ def draw_start(
 
 
 @torch.no_grad()
-def draw_suited_start(
+def suited_starts(
     labels: Tensor,
     model: nn.Module,
-    size: tuple[int, int, int],
-    low: Tensor,
-    high: Tensor,
-    config: SynthesisConfig,
+    drawn: Tensor,
+    views: int,
     generator: torch.Generator,
+    precision: Precision,
 ) -> Tensor:
-    """Starting images as :func:`draw_start` gives them, of which each label gets one that the model takes for it more
-    than for others.
+    """For each label one of the ``drawn`` images, or a part of one, that the model takes for it more than for others.
 
-    As many images as labels are drawn, and of each some random parts, mirrored or not, at full size: they cost little,
-    and the model sees other things in them. Two labels may get parts of the same image.
+    Random parts, mirrored or not, at full size: they cost little, and the model sees other things in them. Two labels
+    may get parts of the same image.
 
     Args:
         labels: ``(batch,)``, classes of the model, on its device.
         model: P, frozen; gives logits ``(batch, classes)``.
-        size: of an image, ``(channels, height, width)``.
-        low, high: see :func:`draw_start`.
-        config: with ``init``, ``start_views`` (parts of each image) and ``precision``.
+        drawn: normalised, ``(batch, channels, height, width)``, on the CPU.
+        views: parts of each image, 0 or more.
+        generator: random source on the CPU.
+        precision: arithmetic of the model.
 
     Returns:
-        ``(batch, channels, height, width)``, normalised, on the CPU.
+        As ``drawn``.
     """
-    drawn = draw_start(config.init, (len(labels), *size), low, high, generator)
     candidates = [drawn]
-    for _ in range(config.start_views or 0):
+    for _ in range(views):
         lines = augment.draw_crops(tuple(drawn.shape), _VIEW_AREA, _VIEW_TURN, 0.5, generator)
         candidates.append(augment.cut_out(drawn, lines))
-    with arithmetic(config.precision, labels.device):
+    with arithmetic(precision, labels.device):
         logits = torch.cat([model(images.to(labels.device)).float() for images in candidates])
     return torch.cat(candidates)[assigned(logits.log_softmax(dim=-1)[:, labels].cpu())]
 

@@ -31,7 +31,7 @@ from maskaq_brevitas.synthesis.parameterize import ImageParameter
 from maskaq_brevitas.synthesis.parameterize import PixelParameter
 from maskaq_brevitas.synthesis.parameterize import SpectrumParameter
 from maskaq_brevitas.synthesis.starts import draw_start
-from maskaq_brevitas.synthesis.starts import draw_suited_start
+from maskaq_brevitas.synthesis.starts import suited_starts
 from maskaq_brevitas.synthesis.tokens import DrawnTokens
 from maskaq_brevitas.synthesis.tokens import KeptTokens
 
@@ -84,7 +84,7 @@ def synthesize(
         labels: ``(batch,)``, or anything of that length for a model without classes.
         config: weights, schedules, augmentation.
         generator: random source on the CPU; all randomness of the run.
-        start: normalised images to continue from; noise if None.
+        start: normalised images to continue from; drawn if None, as ``config.init`` and ``config.start_views`` say.
         steps: overrides ``config.steps`` (a refresh takes fewer).
         learning_rate: overrides ``config.learning_rate``.
         on_step: called with the step number (from 1) and the mean objective.
@@ -101,12 +101,9 @@ def synthesize(
     shape = (len(labels), *geometry.input_size)
     if start is not None and tuple(start.shape) != shape:
         raise InputError(f"start: expected images of shape {shape}, got {tuple(start.shape)}.")
-    if start is not None:
-        first = start.clone()
-    elif config.start_views is not None and geometry.num_classes > 0:
-        first = draw_suited_start(labels, float_snapshot, geometry.input_size, low, high, config, generator)
-    else:
-        first = draw_start(config.init, shape, low, high, generator)
+    first = draw_start(config.init, shape, low, high, generator) if start is None else start.clone()
+    if start is None and config.start_views is not None and geometry.num_classes > 0:
+        first = suited_starts(labels, float_snapshot, first, config.start_views, generator, config.precision)
     parameter = _PARAMETERS[config.parameterization](first.to(device), low, high)
     optimizer = torch.optim.AdamW([parameter.value], lr=peak_rate, weight_decay=0.0)
     draws = torch.zeros(len(labels), dtype=torch.long)

@@ -8,10 +8,12 @@ from torch import nn
 
 from maskaq_brevitas.config import SynthesisConfig
 from maskaq_brevitas.errors import ConfigurationError
-from maskaq_brevitas.synthesis import starts
+from maskaq_brevitas.models.geometry import read_geometry
+from maskaq_brevitas.quant.snapshot import float_snapshot
+from maskaq_brevitas.synthesis import synthesizer
 from maskaq_brevitas.synthesis.starts import assigned
 from maskaq_brevitas.synthesis.starts import draw_start
-from maskaq_brevitas.synthesis.starts import draw_suited_start
+from maskaq_brevitas.synthesis.starts import suited_starts
 
 SIZE = (3, 16, 16)
 LOW, HIGH = -torch.ones(3, 1, 1), torch.ones(3, 1, 1)
@@ -29,9 +31,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def suited(labels, model=None, seed=0, **changes):
-    config = SynthesisConfig(**{"start_views": 3, **changes})
-    return draw_suited_start(torch.tensor(labels), model or Reddish(), SIZE, LOW, HIGH, config, generator(seed))
+def suited(labels, model=None, seed=0, start_views=3):
+    source = generator(seed)
+    drawn = draw_start("scenes", (len(labels), *SIZE), LOW, HIGH, source)
+    return suited_starts(torch.tensor(labels), model or Reddish(), drawn, start_views, source, "float32")
 
 
 def chance(images, labels):
@@ -86,13 +89,8 @@ def test_views_are_a_number_from_zero():
 
 
 def test_synthesis_begins_with_them_unless_there_are_no_classes(monkeypatch, tiny_vit):
-    from maskaq_brevitas.models.geometry import read_geometry
-    from maskaq_brevitas.quant.snapshot import float_snapshot
-    from maskaq_brevitas.synthesis import synthesizer
-
     asked = []
-    real = starts.draw_suited_start
-    monkeypatch.setattr(synthesizer, "draw_suited_start", lambda *given: asked.append(given[0]) or real(*given))
+    monkeypatch.setattr(synthesizer, "suited_starts", lambda *given: asked.append(given[0]) or suited_starts(*given))
     geometry = read_geometry(tiny_vit)
     config = SynthesisConfig(steps=1, batch_size=2, start_views=1)
 
