@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskaq_brevitas.errors import InputError
-from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.quant.grid import row_importance
 from maskaq_brevitas.synthesis.objectives import feature_alignment_loss
 
 __all__ = [
@@ -127,7 +127,7 @@ def context_distance(
 def block_error(output: Tensor, target: Tensor, token_weights: Tensor | None = None) -> Tensor:
     """Squared error of a block's output, each token by the power of its target.
 
-    See :func:`maskaq_brevitas.quant.equalize.row_importance` for the weight of a token.
+    See :func:`maskaq_brevitas.quant.grid.row_importance` for the weight of a token.
 
     Args:
         output, target: ``(images, tokens, channels)``.

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch import nn
 
 from maskaq_brevitas.quant.equalize import has_channel_scales
-from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.quant.grid import row_importance
 from maskaq_brevitas.quant.observe import collect_rows
 from maskaq_brevitas.quant.snapshot import integer_bounds
 

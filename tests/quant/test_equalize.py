@@ -9,13 +9,12 @@ from brevitas.graph.calibrate import quantization_status_manager
 
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import InputError
-from maskaq_brevitas.models.families import channel_places
-from maskaq_brevitas.quant import equalize as equalize_module
-from maskaq_brevitas.quant.equalize import _equalize_place
-from maskaq_brevitas.quant.equalize import _outlier_channels
+from maskaq_brevitas.quant import channel_ratios
+from maskaq_brevitas.quant.channel_ratios import _outlier_channels
+from maskaq_brevitas.quant.channel_ratios import best_ratios
 from maskaq_brevitas.quant.equalize import equalize
-from maskaq_brevitas.quant.equalize import quantize_symmetric
-from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.quant.grid import quantize_symmetric
+from maskaq_brevitas.quant.grid import row_importance
 from maskaq_brevitas.quant.observe import collect_rows
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
@@ -101,10 +100,8 @@ def test_a_channel_of_rare_spikes_gets_a_range_of_its_own(tiny_vit, monkeypatch)
     found = []
     for is_searched in (True, False):
         if not is_searched:
-            monkeypatch.setattr(equalize_module, "_outlier_channels", lambda rows: [])
-        quant_model, _ = swap_layers(tiny_vit, "tensor-w4a4")
-        place = next(each for each in channel_places(quant_model) if each.norm == "blocks.0.norm2")
-        found.append(_equalize_place(quant_model, place, rows))
+            monkeypatch.setattr(channel_ratios, "_outlier_channels", lambda rows: [])
+        found.append(best_ratios(rows, tiny_vit.blocks[0].mlp.fc1.weight, 4, 4))
     assert [place.outliers for place in found] == [(3,), ()]
     assert found[0].error < 0.5 * found[1].error
 

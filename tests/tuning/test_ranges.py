@@ -8,7 +8,7 @@ from brevitas.nn import QuantLinear
 
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import InputError
-from maskaq_brevitas.quant.equalize import row_importance
+from maskaq_brevitas.quant.grid import row_importance
 from maskaq_brevitas.quant.observe import collect_rows
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning.calibrate import calibrate
