@@ -65,10 +65,10 @@ from maskaq_brevitas.tuning.calibrate import returned_quant_tensors
 from maskaq_brevitas.tuning.calibrate import silent_quantizers
 from maskaq_brevitas.tuning.checkpoint import has_checkpoint
 from maskaq_brevitas.tuning.checkpoint import load_checkpoint
-from maskaq_brevitas.tuning.distill import OptimizerFactory
 from maskaq_brevitas.tuning.distill_stage import DistillStage
 from maskaq_brevitas.tuning.distill_stage import refresh_is_due
 from maskaq_brevitas.tuning.model_maker import QuantModelMaker
+from maskaq_brevitas.tuning.optimizer import OptimizerFactory
 from maskaq_brevitas.tuning.reconstruct_stage import ReconstructStage
 from maskaq_brevitas.tuning.stages import STAGE_NAMES
 from maskaq_brevitas.tuning.stages import check_tuning

@@ -119,11 +119,16 @@ def kept_random_states() -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws on the CPU from this seed; its state is put back on exit, and that of a GPU is not touched.
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, torch draws from this seed, on the CPU and on ``device``; on exit their states are put back.
 
-    (``torch.manual_seed`` seeds all devices, and ``fork_rng`` puts back only those that it is told.)
+    The state of any other GPU is not touched. (``torch.manual_seed`` seeds all devices, and ``fork_rng`` puts back only
+    those that it is told.)
     """
-    with torch.random.fork_rng(devices=[]):
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
         yield

@@ -206,6 +206,7 @@ def test_efforts_grow():
         (dict(last_feature_weight=-1.0), "last_feature_weight: expected a number >= 0"),
         (dict(kept_tokens=0.0), r"kept_tokens: expected a share in \(0, 1\], got 0.0"),
         (dict(kept_tokens=1.5), r"kept_tokens: expected a share in \(0, 1\], got 1.5"),
+        (dict(drop=1.5), r"drop: expected a probability in \[0, 1\], got 1.5"),
         (dict(weight_learning_rate=-1e-3), "weight_learning_rate: expected a number >= 0 or None, got -0.001"),
         (dict(compile="maybe"), "compile: expected one of auto, always, never"),
     ],

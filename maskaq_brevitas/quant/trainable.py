@@ -36,7 +36,10 @@ from maskaq_brevitas.models.families import channel_places
 from maskaq_brevitas.quant.snapshot import check_layer
 from maskaq_brevitas.quant.snapshot import integer_bounds
 
-__all__ = ["LearnedQuantize", "biases_follow", "compile_blocks", "scales_turn", "set_pivots", "training_twin"]
+__all__ = [
+    "LearnedQuantize", "biases_follow", "compile_blocks", "quantization_dropped", "scales_turn", "set_pivots",
+    "training_twin",
+]  # fmt: skip
 
 _SCALINGS = (ParameterFromRuntimeStatsScaling, ParameterFromStatsFromParameterScaling)
 
@@ -58,6 +61,7 @@ class LearnedQuantize(nn.Module):
     divisor: Tensor
     zero_point: Tensor | None
     pivot: Tensor | None
+    dropped: Tensor | None
 
     def __init__(self, proxy: QuantProxyFromInjector):
         super().__init__()
@@ -77,6 +81,8 @@ class LearnedQuantize(nn.Module):
         self.register_buffer("zero_point", zero_point.detach().clone() if bool((zero_point != 0).any()) else None)
         # Where a shift in front follows the scale: the input that keeps its code, ``(1, 1, channels)``.
         self.register_buffer("pivot", None)
+        # While quantization is dropped (quantization_dropped): the probability that a token passes as it is, ``()``.
+        self.register_buffer("dropped", None)
         if not torch.equal((self.value.detach() / self.divisor).reshape(self.shape), scale.detach()):
             raise ModelError(f"{type(proxy).__name__}: the scale is not its parameter divided by a whole number.")
 
@@ -100,7 +106,12 @@ class LearnedQuantize(nn.Module):
         if self.zero_point is not None:
             level = level - self.zero_point
         output = level * scale
-        return (output if self.pivot is None else output + shift).to(x.dtype)
+        if self.pivot is not None:
+            output = output + shift
+        if self.dropped is not None:
+            is_dropped = torch.rand(x.shape[:-1], device=x.device).unsqueeze(-1) < self.dropped
+            output = torch.where(is_dropped, x.float(), output)
+        return output.to(x.dtype)
 
 
 class _TrainableLayer(nn.Module):
@@ -222,6 +233,33 @@ def training_twin(quant_model: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(twin.get_submodule(parent), child, part)
     return twin.eval()
+
+
+@contextmanager
+def quantization_dropped(twin: nn.Module) -> Iterator[Tensor]:
+    """A context in which activation quantizers of fewer than 8 bits let tokens pass unrounded, drawn at random.
+
+    QDrop (Wei et al., ICLR 2022) does so with single elements: what is tuned on few images then holds on others better.
+    Random numbers are torch's global ones. Inputs of layers other than linear ones are always rounded.
+
+    Args:
+        twin: see :func:`training_twin`.
+
+    Yields:
+        The probability, ``()``, 0 at first: fill it before a forward pass.
+    """
+    layers = [part for part in twin.modules() if isinstance(part, _TrainableLayer)]
+    kept = {part.weight_quant for part in layers} | {part.input_quant for part in layers if not part.is_linear}
+    quantizers = [part for part in twin.modules() if isinstance(part, LearnedQuantize) and part not in kept]
+    quantizers = [part for part in quantizers if part.high - part.low < 2**8 - 2]
+    share = torch.zeros((), device=next(twin.parameters()).device)
+    try:
+        for quantizer in quantizers:
+            quantizer.dropped = share
+        yield share
+    finally:
+        for quantizer in quantizers:
+            quantizer.dropped = None
 
 
 def compile_blocks(model: nn.Module) -> None:

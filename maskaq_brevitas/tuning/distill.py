@@ -16,10 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from brevitas.core.scaling import ParameterFromRuntimeStatsScaling
-from brevitas.core.scaling import ParameterFromStatsFromParameterScaling
-from brevitas.core.zero_point import ParameterFromRuntimeZeroPoint
-from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import Tensor
 from torch import nn
 
@@ -42,8 +38,10 @@ from maskaq_brevitas.models.token_choice import patch_count
 from maskaq_brevitas.models.token_choice import token_choice
 from maskaq_brevitas.modes import arithmetic
 from maskaq_brevitas.modes import evaluation_mode
+from maskaq_brevitas.modes import seeded
 from maskaq_brevitas.quant.trainable import biases_follow
 from maskaq_brevitas.quant.trainable import compile_blocks
+from maskaq_brevitas.quant.trainable import quantization_dropped
 from maskaq_brevitas.quant.trainable import scales_turn
 from maskaq_brevitas.quant.trainable import set_pivots
 from maskaq_brevitas.quant.trainable import training_twin
@@ -52,15 +50,17 @@ from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.losses import centred_error
 from maskaq_brevitas.tuning.losses import context_distance
 from maskaq_brevitas.tuning.losses import output_divergence
+from maskaq_brevitas.tuning.optimizer import OptimizerFactory
+from maskaq_brevitas.tuning.optimizer import make_optimizer
+from maskaq_brevitas.tuning.optimizer import parameter_groups
 
-__all__ = ["Distiller", "Losses", "parameter_groups"]
-
-#: Builds any torch optimiser from parameter groups that name their own ``lr`` and ``weight_decay``.
-OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+__all__ = ["Distiller", "Losses"]
 
 _LOSSES = 5  # of a step: the total and what it is the sum of
 # No step changes a scale by more than this ratio (natural logarithm).
 _LARGEST_SCALE_STEP = 0.2
+# Shares of the steps until which tokens stay unrounded with the full probability, and from which none does.
+_DROPPED_UNTIL, _ROUNDED_FROM = 0.5, 0.75
 # Multiply-accumulates of linear layers in all training steps from which compiling pays for its half minute, roughly.
 _WORTH_COMPILING = 2e13
 
@@ -140,7 +140,7 @@ class Distiller:
         self.total_steps = total_steps
         self.step = 0
         groups, self.scales = parameter_groups(quant_model, config)
-        self.optimizer = _make_optimizer(groups, config) if optimizer is None else optimizer(groups)
+        self.optimizer = make_optimizer(groups, config) if optimizer is None else optimizer(groups)
         self.network, self.teacher = self._networks()
         self._last_features: tuple[Callable[[Tensor], Tensor], ...] | None = None
         if config.last_feature_weight > 0:
@@ -170,13 +170,16 @@ class Distiller:
         sums, done, skipped = [0.0] * _LOSSES, 0, 0
         limit = self.config.max_gradient_norm or math.inf
         trained = [*layers, *(scale for scale, _ in self.scales)]
-        with self._trainable(trained), self._taps() as taps, self._token_choice() as choice:
+        with (
+            self._trainable(trained), self._taps() as taps, self._token_choice() as choice, self._dropping() as share
+        ):  # fmt: skip
             for images in batches:
                 images = augment(images, self.config.augment, generator, self.geometry)
                 self._draw_tokens(choice, images, generator)
                 self._set_rates()
                 self.quant_model.zero_grad(set_to_none=True)
-                losses = self._losses(images, taps)
+                with self._drop(share, images.device, generator):
+                    losses = self._losses(images, taps)
                 losses[0].backward()
                 self._logarithmic_gradients()
                 norm = nn.utils.clip_grad_norm_(stepped, limit)
@@ -252,7 +255,8 @@ class Distiller:
             network = training_twin(self.quant_model)
         except ModelError as error:  # a user's own quantizers, say
             warnings.warn(
-                f"Brevitas' own code is tuned, slowly and without moving the shifts of channels, because {error}",
+                "Brevitas' own code is tuned, slowly, without moving the shifts of channels and without drop, because "
+                f"{error}",
                 CompilationWarning, stacklevel=2,
             )  # fmt: skip
             return self.quant_model, self.float_snapshot
@@ -265,6 +269,19 @@ class Distiller:
             compile_blocks(network)
             compile_blocks(teacher)
         return network, teacher
+
+    def _dropping(self) -> AbstractContextManager[Tensor | None]:
+        return quantization_dropped(self.network) if self.config.drop > 0 else nullcontext()
+
+    def _drop(
+        self, share: Tensor | None, device: torch.device, generator: torch.Generator
+    ) -> AbstractContextManager[None]:
+        """Set the share of tokens that stay unrounded in this step; in the context they are drawn."""
+        if share is None:
+            return nullcontext()
+        left = (_ROUNDED_FROM - self.step / self.total_steps) / (_ROUNDED_FROM - _DROPPED_UNTIL)
+        share.fill_(self.config.drop * min(1.0, max(0.0, left)))
+        return seeded(int(torch.randint(2**62, (), generator=generator)), device)
 
     def _token_choice(self) -> AbstractContextManager[TokenChoice | None]:
         return token_choice((self.teacher, self.network)) if self.config.kept_tokens < 1 else nullcontext()
@@ -380,62 +397,3 @@ class Distiller:
 def _mean_losses(sums: list[float], count: int, skipped: int = 0) -> Losses:
     total, divergence, distance, features, last_features = (part / count for part in sums)
     return Losses(total, divergence, distance, features, last_features, skipped)
-
-
-def parameter_groups(
-    quant_model: nn.Module, config: DistillConfig
-) -> tuple[list[dict[str, Any]], list[tuple[nn.Parameter, nn.Parameter]]]:
-    """Parameter groups for an optimiser: quantized weights, if they have a rate of their own; other matrices; biases
-    and LayerNorms (no decay); logarithms of scales.
-
-    Beside torch's own keys each has ``first_lr``, the rate at the first step.
-
-    Returns:
-        The groups, and pairs of a scale and the parameter that stands for its logarithm: zero, because what an
-        optimiser adds to it moves into the scale (``scale *= exp(logarithm)``) after each step.
-
-    Raises:
-        TuningError: if a scale is not positive or not finite: the model was not calibrated.
-    """
-    scales: dict[int, nn.Parameter] = {}
-    fixed: set[int] = set()
-    for name, module in quant_model.named_modules():
-        if isinstance(module, (ParameterFromRuntimeStatsScaling, ParameterFromStatsFromParameterScaling)):
-            if not bool((torch.isfinite(module.value) & (module.value > 0)).all()):
-                raise TuningError(f"The scale of {name} is not positive and finite. Calibrate the model before tuning.")
-            scales[id(module.value)] = module.value
-        elif isinstance(module, ParameterFromRuntimeZeroPoint):
-            fixed.add(id(module.value))
-    rates: dict[nn.Parameter, float] = {}
-    if config.weight_learning_rate is not None:
-        rates = {weight: config.weight_learning_rate * step for weight, step in _weight_steps(quant_model).items()}
-    others = [
-        parameter for parameter in quant_model.parameters() if id(parameter) not in {*scales, *fixed, *map(id, rates)}
-    ]
-    pairs = [(scale, nn.Parameter(torch.zeros_like(scale))) for scale in scales.values()]
-    groups: list[dict[str, Any]] = []
-    for chosen, rate, decay in (
-        *(([weight], rate, config.weight_decay) for weight, rate in rates.items()),
-        ([parameter for parameter in others if parameter.ndim > 1], config.learning_rate, config.weight_decay),
-        ([parameter for parameter in others if parameter.ndim < 2], config.learning_rate, 0.0),
-        ([logarithm for _, logarithm in pairs], config.scale_learning_rate, 0.0),
-    ):
-        if chosen and rate > 0:
-            groups.append(dict(params=chosen, lr=rate, first_lr=rate, weight_decay=decay))
-    return groups, pairs if config.scale_learning_rate > 0 else []
-
-
-def _weight_steps(quant_model: nn.Module) -> dict[nn.Parameter, float]:
-    """The quantized weights, and the mean step of each one's grid."""
-    found: dict[nn.Parameter, float] = {}
-    for module in quant_model.modules():
-        if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled:
-            found[module.weight] = float(module.weight_quant.scale().detach().mean())
-    return found
-
-
-def _make_optimizer(groups: list[dict[str, Any]], config: DistillConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, fused=on_gpu or None)

@@ -22,7 +22,7 @@ from maskaq_brevitas.synthesis.maker import device_batches
 from maskaq_brevitas.tuning.checkpoint import Checkpoint
 from maskaq_brevitas.tuning.checkpoint import save_checkpoint
 from maskaq_brevitas.tuning.distill import Distiller
-from maskaq_brevitas.tuning.distill import OptimizerFactory
+from maskaq_brevitas.tuning.optimizer import OptimizerFactory
 from maskaq_brevitas.tuning.state import copied_state
 from maskaq_brevitas.tuning.state import load_quant_state
 

@@ -6,17 +6,20 @@ import warnings
 import pytest
 import torch
 from brevitas.core.function_wrapper import TensorClampSte
+from brevitas.graph.calibrate import quantization_status_manager
 from brevitas.nn import QuantIdentity
 from brevitas.quant import Int8ActPerTensorFloat
 
 from maskaq_brevitas.config import resolve_scheme
 from maskaq_brevitas.errors import CompilationWarning
 from maskaq_brevitas.errors import ModelError
+from maskaq_brevitas.modes import seeded
 from maskaq_brevitas.quant import trainable
 from maskaq_brevitas.quant.equalize import equalize
 from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.quant.trainable import biases_follow
 from maskaq_brevitas.quant.trainable import compile_blocks
+from maskaq_brevitas.quant.trainable import quantization_dropped
 from maskaq_brevitas.quant.trainable import scales_turn
 from maskaq_brevitas.quant.trainable import set_pivots
 from maskaq_brevitas.quant.trainable import training_twin
@@ -55,6 +58,44 @@ def test_outputs_and_gradients_equal_brevitas(tiny_vit, scheme):
     zero_points = {name for name in theirs if "zero_point" in name}  # the twin keeps them fixed
     assert set(ours) == set(theirs) - zero_points and len(ours) > 30
     assert_close_gradients(ours, theirs)
+
+
+def test_tokens_pass_unrounded_where_quantization_is_dropped(tiny_vit):
+    quant_model = calibrated(tiny_vit, "w3a3")
+    twin = training_twin(quant_model)
+    query, fc2 = twin.blocks[0].attn.query, twin.blocks[1].mlp.fc2.input_quant
+    tokens = torch.randn(2, 2, 17, 32), torch.randn(2, 17, 256)
+    rounded = [quantizer(x) for quantizer, x in zip((query, fc2), tokens, strict=True)]
+    weight, output = twin.head.weight_quant(twin.head.weight), twin(images())
+    with seeded(0), quantization_dropped(twin) as share:
+        assert torch.equal(twin(images()), output)  # nothing, while the share is 0
+        share.fill_(0.3)
+        for quantizer, x, wanted in zip((query, fc2), tokens, rounded, strict=True):
+            x.requires_grad_(True)
+            found = quantizer(x)
+            is_float = (found == x).all(dim=-1)
+            assert torch.equal(found[~is_float], wanted[~is_float]) and 0.05 < is_float.float().mean() < 0.6
+            found.sum().backward()
+            assert (x.grad[is_float] == 1).all()
+        assert not torch.equal(query(tokens[0]), query(tokens[0]))  # others in each call
+        share.fill_(1.0)
+        off = quantization_status_manager(
+            quant_model, disable_act_quant=True, disable_weight_quant=False, is_training=False
+        )
+        with off, torch.no_grad():
+            torch.testing.assert_close(twin(images()), quant_model(images()), rtol=0.05, atol=0.05)
+        # 8 bits, weights and images are rounded all the same.
+        assert torch.equal(twin.head.weight_quant(twin.head.weight), weight)
+        for quantizer in (twin.head.input_quant, twin.patch_embed.proj.input_quant, twin.blocks[0].attn.probabilities):
+            assert quantizer.dropped is None
+    assert torch.equal(twin(images()), output) and query.dropped is None
+
+
+def test_images_are_rounded_at_low_bits_too(tiny_vit):
+    twin = training_twin(calibrated(tiny_vit, "strict-w4a4"))
+    with quantization_dropped(twin):
+        assert twin.patch_embed.proj.input_quant.dropped is None
+        assert twin.blocks[0].attn.probabilities.dropped is not None
 
 
 def test_what_is_trained_in_the_twin_is_trained_in_the_model(tiny_vit):

@@ -25,10 +25,12 @@ from maskaq_brevitas.quant.swap import swap_layers
 from maskaq_brevitas.tuning import distill
 from maskaq_brevitas.tuning.calibrate import calibrate
 from maskaq_brevitas.tuning.distill import Distiller
-from maskaq_brevitas.tuning.distill import parameter_groups
 from maskaq_brevitas.tuning.losses import block_error
 from maskaq_brevitas.tuning.losses import centred_error
+from maskaq_brevitas.tuning.optimizer import parameter_groups
 from maskaq_brevitas.tuning.ranges import search_ranges
+from maskaq_brevitas.tuning.state import copied_state
+from maskaq_brevitas.tuning.state import load_quant_state
 
 
 @pytest.fixture
@@ -339,6 +341,30 @@ def test_networks_are_trained_and_measured_on_the_same_share_of_tokens(tiny_vit,
     assert seen["quant"][-1].shape == (8, 1 + 8, 64)
     assert distiller.validation_loss([images]) == first  # the same tokens again
     assert type(quant_model.patch_drop) is nn.Identity and type(distiller.teacher.patch_drop) is nn.Identity
+
+
+def test_the_share_of_tokens_left_unrounded_falls_to_none(tiny_vit, quant_model, images):
+    first, random = copied_state(quant_model), torch.get_rng_state()
+
+    def tuned(drop: float) -> tuple[list[float | None], dict[str, torch.Tensor]]:
+        load_quant_state(quant_model, first)
+        distiller = _distiller(tiny_vit, quant_model, total_steps=8, learning_rate=1e-4, drop=drop)
+        query, shares = distiller.network.blocks[0].attn.query, []
+        query.register_forward_pre_hook(
+            lambda *_: shares.append(None if query.dropped is None else float(query.dropped))
+        )
+        for _ in range(4):
+            distiller.train_epoch(images.split(4), _generator())
+        distiller.validation_loss([images])
+        return shares, copied_state(quant_model)
+
+    (shares, one), (_, two), (none, without) = tuned(0.6), tuned(0.6), tuned(0.0)
+    assert shares[:8] == pytest.approx([0.6] * 5 + [0.3, 0, 0])
+    assert shares[8] is None and none == [None] * 9
+    # The same tokens in both, and nobody else's random numbers.
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert any(not torch.equal(value, without[name]) for name, value in one.items())
+    assert torch.equal(random, torch.get_rng_state())
 
 
 def test_quantized_weights_learn_in_units_of_their_grid(tiny_vit, quant_model, images):
