@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
 from typing import Literal
 
@@ -23,6 +24,7 @@ __all__ = [
     "multiplies_in_bfloat16",
     "own_modes",
     "seeded",
+    "seeded_by",
     "warn_of_emulation",
 ]
 
@@ -132,3 +134,8 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def seeded_by(generator: torch.Generator, device: torch.device | None = None) -> AbstractContextManager[None]:
+    """:func:`seeded` with a seed that ``generator``, on the CPU, gives: for code that draws from torch's global one."""
+    return seeded(int(torch.randint(2**62, (), generator=generator)), device)

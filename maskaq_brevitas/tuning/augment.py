@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from maskaq_brevitas.models.geometry import Geometry
-from maskaq_brevitas.modes import seeded
+from maskaq_brevitas.modes import seeded_by
 from maskaq_brevitas.synthesis.augment import cut_out
 from maskaq_brevitas.synthesis.augment import draw_crops
 
@@ -42,8 +42,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, geometry: Geo
         steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8), v2.RandomGrayscale(p=0.2)]
     steps += [v2.RandomApply([v2.GaussianBlur(max(3, size[0] // 20 * 2 + 1))], p=0.5)]
     change = v2.Compose(steps)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with seeded(seed):
+    with seeded_by(generator):
         # torchvision's colour changes cut what lies outside of [0, 1].
         shares = images if geometry is None else geometry.denormalize(images)
         shares = torch.stack([change(image) for image in shares])

@@ -38,7 +38,7 @@ from maskaq_brevitas.models.token_choice import patch_count
 from maskaq_brevitas.models.token_choice import token_choice
 from maskaq_brevitas.modes import arithmetic
 from maskaq_brevitas.modes import evaluation_mode
-from maskaq_brevitas.modes import seeded
+from maskaq_brevitas.modes import seeded_by
 from maskaq_brevitas.quant.trainable import biases_follow
 from maskaq_brevitas.quant.trainable import compile_blocks
 from maskaq_brevitas.quant.trainable import quantization_dropped
@@ -281,7 +281,7 @@ class Distiller:
             return nullcontext()
         left = (_ROUNDED_FROM - self.step / self.total_steps) / (_ROUNDED_FROM - _DROPPED_UNTIL)
         share.fill_(self.config.drop * min(1.0, max(0.0, left)))
-        return seeded(int(torch.randint(2**62, (), generator=generator)), device)
+        return seeded_by(generator, device)
 
     def _token_choice(self) -> AbstractContextManager[TokenChoice | None]:
         return token_choice((self.teacher, self.network)) if self.config.kept_tokens < 1 else nullcontext()

@@ -20,7 +20,7 @@ from maskaq_brevitas.models.families import block_passages
 from maskaq_brevitas.models.families import features_behind
 from maskaq_brevitas.modes import evaluation_mode
 from maskaq_brevitas.modes import own_modes
-from maskaq_brevitas.modes import seeded
+from maskaq_brevitas.modes import seeded_by
 from maskaq_brevitas.progress import BarFactory
 from maskaq_brevitas.progress import random_stream
 from maskaq_brevitas.run_directory import RunDirectory
@@ -202,7 +202,7 @@ def varied(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     crop = v2.RandomResizedCrop(tuple(images.shape[-2:]), scale=(0.25, 1.0), ratio=(0.75, 1.33), antialias=True)
     mirror = v2.RandomHorizontalFlip()
     found = [images]
-    with seeded(int(torch.randint(2**62, (), generator=generator))):
+    with seeded_by(generator):
         for _ in range(count - 1):
             change = torch.stack([mirror(crop(image)) for image in images])
             others = change[torch.randperm(len(change))]
