@@ -96,22 +96,32 @@ class LearnedQuantize(nn.Module):
         level = x32 / scale
         if self.zero_point is not None:
             level = level + self.zero_point
-        if self.clamps_through:
-            level = level + (level.round().clamp(self.low, self.high) - level).detach()
-        else:
-            level = level + (level.round() - level).detach()
-            # torch.clamp would cut the gradient of values that lie on an end of the range, too.
-            level = torch.where(level > self.high, self.high, level)
-            level = torch.where(level < self.low, self.low, level)
+        level = self._code(level)
         if self.zero_point is not None:
             level = level - self.zero_point
         output = level * scale
         if self.pivot is not None:
             output = output + shift
         if self.dropped is not None:
-            is_dropped = torch.rand(x.shape[:-1], device=x.device).unsqueeze(-1) < self.dropped
-            output = torch.where(is_dropped, x.float(), output)
+            dropped = (torch.rand(x.shape[:-1], device=x.device).unsqueeze(-1) < self.dropped).float()
+            output = dropped * x.float() + (1 - dropped) * output  # as torch.where, see _code
         return output.to(x.dtype)
+
+    def _code(self, level: Tensor) -> Tensor:
+        """``level`` rounded and clamped, with the gradient of ``level`` where it may pass.
+
+        Without comparisons: compiled code would keep their results for the backward pass, and writes and reads booleans
+        several times slower on a CPU than it computes all the rest.
+        """
+        rounded = level.detach().round()
+        code = rounded.clamp(self.low, self.high)
+        if not torch.is_grad_enabled():
+            return code
+        passed = level - level.detach()  # zero
+        if not self.clamps_through:
+            # Whole numbers, so 0 beyond the range and 1 inside; torch.clamp's own gradient is cut on its ends, too.
+            passed = passed * (1 - (rounded - code).abs().clamp(max=1))
+        return code + passed
 
 
 class _TrainableLayer(nn.Module):
