@@ -61,6 +61,30 @@ def test_outputs_and_gradients_equal_brevitas(tiny_vit, scheme):
     assert_close_gradients(ours, theirs)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_of_activation_scales_equal_brevitas_bit_for_bit(tiny_vit, scheme):
+    """In the whole model the two sum over tensors that lie in memory in other orders; here over the same ones."""
+    quant_model = calibrated(tiny_vit, scheme).requires_grad_(True)
+    twin = training_twin(quant_model)
+    source = torch.Generator().manual_seed(5)
+    checked = 0
+    for name, module in quant_model.named_modules():
+        if not isinstance(module, QuantIdentity) or not module.act_quant.is_quant_enabled:
+            continue
+        ours = twin.get_submodule(name)
+        x, weight = torch.randn(2, 2, 2, 17, 17, generator=source)
+        x = x * ours.value.detach() * 0.7  # some within the range, some beyond
+        found = []
+        for quantizer in (ours, module):
+            x, ours.value.grad = x.detach().requires_grad_(True), None
+            (quantizer(x) * weight).sum().backward()
+            found.append((x.grad, ours.value.grad))
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1]), name
+        checked += 1
+        assert 0.02 < (found[0][0] == 0).float().mean() < 0.9 or ours.clamps_through, name
+    assert checked >= 4
+
+
 def test_tokens_pass_unrounded_where_quantization_is_dropped(tiny_vit):
     quant_model = calibrated(tiny_vit, "w3a3")
     twin = training_twin(quant_model)
