@@ -52,8 +52,9 @@ class DistillConfig:
             each quantizer in each step (QDrop, :func:`~maskaq_brevitas.quant.trainable.quantization_dropped`). It holds
             for half of the steps, then falls, to 0 at three quarters. ViT-Tiny at w3a3, 256 images, 200 steps, KL
             divergence on 120 crops of 20 photographs: 3.24 nats with 0.5, 3.69 without (paired over photographs, the
-            difference is 0.44 +- 0.16; one run each); at w4a4 0.66 and 0.63. A run of 2,100 steps with it (and other
-            images and ``augment``) gave 29.5 % at w3a3, one without 34.2 %.
+            difference is 0.44 +- 0.16; one run each); at w4a4 0.66 and 0.63. At w3a3 a run of
+            2,100 steps with it gave 29.5 % top-1, one of 2,400 without, which differed in images, ``augment`` and
+            ``precision`` too, 34.2 %.
         temperature: T of the divergence of the outputs.
         distance_weight: c, the coefficient of the context distance; 0 leaves it out.
         feature_weight: coefficient of the error of the blocks' outputs
